@@ -1,0 +1,121 @@
+#pragma once
+// Bytes between ranks: the interface every backend implements (self, mpi; later nccl).
+//
+// Every member function that is marked collective must be called by all ranks of the communicator
+// in the same order. No function here keeps a reference to its arguments after it returns.
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+namespace lshmoe {
+
+/// What a transfer is for; bytes and calls are counted apart for each.
+enum class Purpose : std::uint8_t {
+  control,            ///< barriers, checks, gathers of results
+  plan,               ///< sizes, expert ids, gate weights and their gradients
+  dispatch,           ///< rows to the experts, forward
+  combine,            ///< expert outputs back, forward
+  combine_backward,   ///< gradients of the outputs to the experts
+  dispatch_backward,  ///< gradients of the rows back to their source
+  gradients,          ///< gradient reduction
+  checkpoint,         ///< saving and loading
+  count_              ///< number of purposes
+};
+/// Name as written above; "unknown" for anything else.
+[[nodiscard]] std::string_view name_of(Purpose purpose);
+
+/// Counted at the transport: bytes handed over for other ranks, bytes received from them, calls.
+/// What stays on the own rank counts in none of them.
+struct Traffic {
+  std::uint64_t bytes_sent = 0;
+  std::uint64_t bytes_received = 0;
+  std::uint64_t calls = 0;  ///< collectives entered on a communicator of more than one rank
+};
+
+enum class ReduceOp : std::uint8_t { sum, min, max };
+
+class Communicator {
+ public:
+  Communicator(const Communicator&) = delete;
+  Communicator& operator=(const Communicator&) = delete;
+  virtual ~Communicator() = default;
+
+  /// Rank of this process in this communicator, 0 .. size()-1. Local.
+  [[nodiscard]] virtual int rank() const = 0;
+  /// Number of ranks. Local.
+  [[nodiscard]] virtual int size() const = 0;
+  /// Rank in the world communicator of this communicator's rank `rank`; for error texts. Local.
+  [[nodiscard]] virtual int world_rank(int rank) const = 0;
+  /// Name for error texts, e.g. "world", "world/expert". Local.
+  [[nodiscard]] virtual const std::string& name() const = 0;
+  /// "self" or "mpi". Local.
+  [[nodiscard]] virtual std::string_view backend() const = 0;
+  /// Host this rank runs on, as its backend names it; equal on ranks that share memory. Local.
+  [[nodiscard]] virtual const std::string& host() const = 0;
+
+  /// Ranks with the same `color` form a new communicator, ordered by (key, rank). `name` is
+  /// appended to this one's. Collective. The new communicator keeps what it needs of this one alive.
+  [[nodiscard]] virtual std::shared_ptr<Communicator> split(int color, int key,
+                                                            const std::string& name) = 0;
+
+  /// Returns when all ranks have entered. Collective.
+  virtual void barrier() = 0;
+
+  /// Element-wise reduction in place over all ranks; every rank gets the same bits, summed in rank
+  /// order whatever arrives first. Host memory. Collective; all ranks pass the same count.
+  void all_reduce(std::span<float> data, ReduceOp op, Purpose purpose);
+  void all_reduce(std::span<double> data, ReduceOp op, Purpose purpose);
+  void all_reduce(std::span<std::int64_t> data, ReduceOp op, Purpose purpose);
+
+  /// Copies `bytes` bytes from `root` to all ranks. Host memory. Collective.
+  virtual void broadcast(void* data, std::size_t bytes, int root, Purpose purpose) = 0;
+
+  /// Every rank's bytes on `root`, in rank order; sizes may differ. Empty on the other ranks.
+  /// Collective.
+  [[nodiscard]] virtual std::vector<std::vector<std::byte>> gather(std::span<const std::byte> data,
+                                                                   int root, Purpose purpose) = 0;
+
+  /// Fixed-size exchange: block r of `send` (bytes_per_rank bytes) goes to rank r, block r of
+  /// `recv` comes from rank r. Host memory, size() * bytes_per_rank bytes each. Collective.
+  virtual void all_to_all(const void* send, void* recv, std::size_t bytes_per_rank,
+                          Purpose purpose) = 0;
+
+  /// Variable exchange: `send_bytes[r]` bytes, the blocks in rank order without gaps, go to rank r;
+  /// `recv_bytes[r]` come from it. Sizes of any magnitude (no 2 GiB limit); zero is allowed.
+  /// Host memory. Collective. Throws CommError naming the peer when what it sends differs from
+  /// recv_bytes, Timeout naming the peers that did not come.
+  virtual void all_to_all_v(const void* send, std::span<const std::int64_t> send_bytes, void* recv,
+                            std::span<const std::int64_t> recv_bytes, Purpose purpose) = 0;
+
+  /// Traffic of this process through this communicator since it was made. Local.
+  [[nodiscard]] virtual Traffic traffic(Purpose purpose) const = 0;
+  /// The same over all purposes. Local.
+  [[nodiscard]] Traffic traffic() const;
+
+  /// Longest wait for the peers of one call, in seconds. Local.
+  [[nodiscard]] virtual double timeout_seconds() const = 0;
+
+ protected:
+  Communicator() = default;
+
+  enum class Element : std::uint8_t { f32, f64, i64 };
+  virtual void do_all_reduce(void* data, std::size_t count, Element element, ReduceOp op,
+                             Purpose purpose) = 0;
+};
+
+/// One value from every rank, in rank order, on every rank. T is trivially copyable. Collective.
+template <class T>
+[[nodiscard]] std::vector<T> all_gather(Communicator& comm, const T& value, Purpose purpose) {
+  static_assert(std::is_trivially_copyable_v<T>);
+  std::vector<T> send(static_cast<std::size_t>(comm.size()), value), recv(send.size());
+  comm.all_to_all(send.data(), recv.data(), sizeof(T), purpose);
+  return recv;
+}
+
+}  // namespace lshmoe

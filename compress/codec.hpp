@@ -1,0 +1,140 @@
+#pragma once
+// Codecs: what is sent between ranks, in both directions, forward and backward.
+//
+// encode and decode are local; only refresh (learned state) communicates.
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace lshmoe {
+
+/// Which of the four exchanges of a layer a codec serves.
+enum class Direction : std::uint8_t { dispatch, combine, combine_backward, dispatch_backward };
+/// Name as written above.
+[[nodiscard]] std::string_view name_of(Direction direction);
+
+/// What to send instead of the rows themselves. TORCH_ARG style: CodecOptions().kind("lsh").
+struct CodecOptions {
+  /// none | bf16 | lsh. (fp8, int8, int4 are not there yet; asking for one says so.)
+  TORCH_ARG(std::string, kind) = "lsh";
+  /// lsh only. expert: every token is rebuilt before its expert runs. source: the paper's way, only
+  /// centroids travel and the residual is added where the token came from.
+  TORCH_ARG(std::string, restore) = "expert";
+  /// lsh, restore=expert: a hard bound on the L2 error of every row, relative to error_reference;
+  /// 0 = rows travel whole, bit-exact. Finite, >= 0.
+  TORCH_ARG(double, max_error) = 0.1;
+  /// row: |x - x'| <= max_error |x|. group: |x - x'| <= max_error * rms norm of the group's rows.
+  /// Empty: row for dispatch and both backward directions, group for combine.
+  TORCH_ARG(std::string, error_reference) = "";
+  /// Cross-polytope hashes a token, and the dimension m of each (2m buckets a hash).
+  TORCH_ARG(int64_t, hashes) = 3;
+  TORCH_ARG(int64_t, hash_dim) = 8;
+  /// Columns of the projection R; hashes * hash_dim at least. The hashes read the first ones, the
+  /// nearest-centroid search reads all.
+  TORCH_ARG(int64_t, projection) = 64;
+  /// Passes that move a row to its nearest centroid after the LSH seeding; 0 = buckets as they are.
+  TORCH_ARG(int64_t, refine) = 1;
+  /// Largest number of clusters a group may keep; 0 = no clusters. Kept only where they save bytes.
+  TORCH_ARG(int64_t, max_clusters) = 128;
+  /// restore=source: y = E(c) + alpha (x - c'). 1 is the paper.
+  TORCH_ARG(double, alpha) = 0.0;
+  /// Of the projection; independent of the seeds of parameters and data.
+  TORCH_ARG(uint64_t, seed) = 0;
+};
+
+/// Where a codec stands: rows of `hidden_size` elements of `dtype` in layer number `layer`.
+struct CodecContext {
+  int64_t hidden_size = 0;
+  int64_t layer = 0;
+  Direction direction = Direction::dispatch;
+  at::ScalarType dtype = at::kFloat;
+};
+
+struct CodecStats {
+  int64_t rows = 0;
+  int64_t clusters = 0;      ///< centroids sent, summed over the groups
+  int64_t raw_bytes = 0;     ///< 2 * rows * hidden_size: what bf16 would take, whatever the dtype
+  int64_t sent_bytes = 0;    ///< all bytes of all parcels
+  int64_t whole_rows = 0;    ///< rows sent whole
+  double max_relative_error = 0.0;   ///< largest |x - x'| / |x| over the rows
+  double mean_relative_error = 0.0;  ///< mean of the same
+  double max_error_ratio = 0.0;      ///< largest error over its own bound, <= 1; 0 without a bound
+};
+
+struct Encoded {
+  at::Tensor bytes;                      ///< uint8 [sum], CPU, one parcel a group, one after another
+  std::vector<int64_t> bytes_per_group;  ///< [groups]; 0 for a group without rows
+  at::Tensor assignment;  ///< int64 [N]: row -> centroid (over all groups), -1 none. lsh; else undefined
+  at::Tensor centroids;   ///< [C, hidden], row dtype, as decoded. lsh; else undefined
+  std::vector<int64_t> centroids_per_group;  ///< [groups]
+  CodecStats stats;
+};
+
+struct Decoded {
+  at::Tensor rows;                      ///< [N, hidden], the codec's dtype
+  std::vector<int64_t> rows_per_group;  ///< [groups]
+};
+
+/// Thread-compatible: const in use, no state between calls (state=batch).
+class Codec {
+ public:
+  Codec(const Codec&) = delete;
+  Codec& operator=(const Codec&) = delete;
+  virtual ~Codec() = default;
+
+  [[nodiscard]] const CodecOptions& options() const { return options_; }
+  [[nodiscard]] const CodecContext& context() const { return context_; }
+
+  /// Encodes N rows of x, group after group. Local.
+  /// x [tokens, hidden_size] float32 | bfloat16 (none: float64 too), contiguous rows; row_index
+  /// int64 [N] picks the rows, ordered by group; sum(rows_per_group) == N. N may be 0.
+  /// Equal input gives equal bytes, on every run and for every number of threads.
+  /// Throws InvalidArgument with the row's index when a row holds NaN or Inf (kinds none and bf16
+  /// let them pass), and when shapes or dtypes do not fit.
+  [[nodiscard]] Encoded encode(const at::Tensor& x, const at::Tensor& row_index,
+                               const std::vector<int64_t>& rows_per_group) const;
+  /// The same for all rows of `rows` in their order.
+  [[nodiscard]] Encoded encode(const at::Tensor& rows,
+                               const std::vector<int64_t>& rows_per_group) const;
+
+  /// Decodes parcels into rows of `out`: row i of the stream goes to out[row_index[i]]. Local.
+  /// out [any, hidden_size], the codec's dtype, contiguous. Rows not named are left alone.
+  /// The bytes come from a wire: counts, widths, ids, lengths and checksums are checked; anything
+  /// wrong throws InvalidArgument. The number of rows must be row_index.size(0), and the rows of
+  /// each group rows_per_group.
+  void decode_into(at::Tensor& out, const at::Tensor& row_index, const at::Tensor& bytes,
+                   const std::vector<int64_t>& bytes_per_group,
+                   const std::vector<int64_t>& rows_per_group) const;
+  /// Decodes into a new tensor, trusting the parcels' own (checked) row counts.
+  [[nodiscard]] Decoded decode(const at::Tensor& bytes,
+                               const std::vector<int64_t>& bytes_per_group) const;
+
+ protected:
+  Codec(CodecOptions options, CodecContext context);
+
+ private:
+  CodecOptions options_;
+  CodecContext context_;
+
+  virtual Encoded do_encode(const at::Tensor& x, const at::Tensor& row_index,
+                            const std::vector<int64_t>& rows_per_group) const = 0;
+  /// rows_per_group empty: take the parcels' counts and allocate; `out` undefined then.
+  virtual void do_decode(at::Tensor& out, const at::Tensor& row_index, const at::Tensor& bytes,
+                         const std::vector<int64_t>& bytes_per_group,
+                         std::vector<int64_t>& rows_per_group) const = 0;
+};
+
+/// Checks names and ranges; throws InvalidArgument (or NotConfigured for a kind that is to come).
+void validate(const CodecOptions& options);
+
+/// Makes the codec of one direction of one layer. Local; deterministic in (options, context).
+/// Throws InvalidArgument for bad options or a context that does not fit.
+[[nodiscard]] std::shared_ptr<Codec> make_codec(const CodecOptions& options,
+                                                const CodecContext& context);
+
+}  // namespace lshmoe

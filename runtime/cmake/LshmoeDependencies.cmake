@@ -1,0 +1,48 @@
+# Every dependency, each with the package to install when it is missing.
+
+macro(lshmoe_require name package)
+  find_package(${name} ${ARGN} QUIET)
+  if(NOT ${name}_FOUND)
+    message(FATAL_ERROR "lshmoe: ${name} was not found. Install ${package}, or run launch/setup.sh, "
+                        "which installs everything that is missing.\n${${name}_NOT_FOUND_MESSAGE}")
+  endif()
+endmacro()
+
+lshmoe_require(MPI "Open MPI (Debian: apt-get install libopenmpi-dev openmpi-bin)" COMPONENTS CXX)
+lshmoe_require(Boost "Boost.Program_options (Debian: apt-get install libboost-program-options-dev)"
+               COMPONENTS program_options)
+lshmoe_require(spdlog "spdlog (Debian: apt-get install libspdlog-dev)")
+lshmoe_require(nlohmann_json "nlohmann json (Debian: apt-get install nlohmann-json3-dev)")
+lshmoe_require(LibTorch "torch (pip install torch==2.11.0 in '${LSHMOE_VENV}')")
+if(LSHMOE_BUILD_TESTS)
+  lshmoe_require(GTest "GoogleTest (Debian: apt-get install libgtest-dev)")
+endif()
+# Threads for spdlog's and GTest's targets.
+lshmoe_require(Threads "a C library with threads")
+
+# CUDA: decided once, here; everything else asks LSHMOE_WITH_CUDA.
+set(LSHMOE_WITH_CUDA OFF)
+if(LSHMOE_CUDA STREQUAL "OFF")
+  set(LSHMOE_CUDA_REASON "LSHMOE_CUDA=OFF")
+else()
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(NOT CMAKE_CUDA_COMPILER)
+    set(LSHMOE_CUDA_REASON "no CUDA compiler (nvcc) found: install the CUDA Toolkit or set CUDACXX")
+  elseif(NOT LibTorch_HAS_CUDA)
+    set(LSHMOE_CUDA_REASON "the torch in ${LSHMOE_VENV} is a CPU build: install the CUDA wheel")
+  else()
+    if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+      set(CMAKE_CUDA_ARCHITECTURES "80;90" CACHE STRING "GPU architectures")
+    endif()
+    set(CMAKE_CUDA_STANDARD 17)
+    set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+    enable_language(CUDA)
+    find_package(CUDAToolkit REQUIRED)
+    set(LSHMOE_WITH_CUDA ON)
+    set(LSHMOE_CUDA_REASON "CUDA ${CUDAToolkit_VERSION} at ${CUDAToolkit_BIN_DIR}, architectures ${CMAKE_CUDA_ARCHITECTURES}")
+  endif()
+  if(LSHMOE_CUDA STREQUAL "ON" AND NOT LSHMOE_WITH_CUDA)
+    message(FATAL_ERROR "lshmoe: LSHMOE_CUDA=ON, but ${LSHMOE_CUDA_REASON}")
+  endif()
+endif()

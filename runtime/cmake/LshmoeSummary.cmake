@@ -1,0 +1,13 @@
+# What was chosen, and why.
+message(STATUS "")
+message(STATUS "lshmoe ${PROJECT_VERSION}")
+message(STATUS "  build type  ${CMAKE_BUILD_TYPE}, ${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}, -march=${LSHMOE_MARCH}")
+message(STATUS "  torch       ${LibTorch_VERSION} in ${LibTorch_LIBRARY_DIR}")
+message(STATUS "  MPI         ${MPI_CXX_VERSION} (${MPIEXEC_EXECUTABLE})")
+message(STATUS "  CUDA        ${LSHMOE_WITH_CUDA} (${LSHMOE_CUDA_REASON})")
+if(LSHMOE_CCACHE)
+  message(STATUS "  ccache      ${LSHMOE_CCACHE}")
+else()
+  message(STATUS "  ccache      not found (rebuilds will be slower)")
+endif()
+message(STATUS "")
