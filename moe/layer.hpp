@@ -1,0 +1,104 @@
+#pragma once
+// MoELayer = gate + Dispatcher + experts.
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "lshmoe/comm/groups.hpp"
+#include "lshmoe/moe/dispatcher.hpp"
+#include "lshmoe/moe/experts.hpp"
+#include "lshmoe/moe/gate.hpp"
+
+namespace lshmoe {
+
+struct MoELayerOptions {
+  MoELayerOptions(int64_t hidden_size, int64_t ffn_hidden_size, int64_t num_experts)
+      : hidden_size_(hidden_size), ffn_hidden_size_(ffn_hidden_size), num_experts_(num_experts) {}
+  TORCH_ARG(int64_t, hidden_size);
+  TORCH_ARG(int64_t, ffn_hidden_size);
+  TORCH_ARG(int64_t, num_experts);  ///< global
+  TORCH_ARG(int64_t, top_k) = 2;
+  TORCH_ARG(std::string, activation) = "gelu";
+  TORCH_ARG(std::string, score_function) = "softmax";
+  TORCH_ARG(std::optional<bool>, normalize_top_k) = std::nullopt;
+  TORCH_ARG(double, capacity_factor) = 0.0;
+  TORCH_ARG(std::string, drop_policy) = "probs";
+  TORCH_ARG(double, aux_loss_coeff) = 0.0;
+  TORCH_ARG(double, z_loss_coeff) = 0.0;
+  TORCH_ARG(double, expert_bias_rate) = 0.0;
+  /// FFN width of an expert that every token passes, on its own rank; 0 = none.
+  TORCH_ARG(int64_t, shared_expert_size) = 0;
+  TORCH_ARG(int64_t, alignment) = 1;
+  TORCH_ARG(bool, codec_on_self) = false;
+  /// Number of this layer in the model: separates random streams of weights and codecs.
+  TORCH_ARG(int64_t, layer) = 0;
+  TORCH_ARG(uint64_t, seed) = 0;
+  /// Makes the module of one expert from its global index, in place of the built-in experts:
+  /// forward(Tensor [rows, hidden]) -> Tensor [rows, hidden], rows may be 0.
+  TORCH_ARG(std::function<torch::nn::AnyModule(int64_t)>, custom_expert) = nullptr;
+
+ public:
+  MoELayerOptions& codec(const CodecOptions& c);
+  MoELayerOptions& codec_dispatch(const CodecOptions& c);
+  MoELayerOptions& codec_combine(const CodecOptions& c);
+  MoELayerOptions& codec_backward(const CodecOptions& c);
+  [[nodiscard]] const CodecOptions& codec(Direction direction) const;
+
+ private:
+  CodecOptions codecs_[4] = {CodecOptions().kind("none"), CodecOptions().kind("none"),
+                             CodecOptions().kind("none"), CodecOptions().kind("none")};
+};
+void validate(const MoELayerOptions& options, int ep_size);
+
+/// Statistics of one forward. The exchange's backward part is filled in by backward().
+struct MoEStats {
+  std::vector<int64_t> tokens_per_expert;    ///< [num_local_experts] rows that reached this rank's experts
+  at::Tensor load;                           ///< int64 [num_experts]: choices of this rank
+  std::shared_ptr<ExchangeStats> exchange;
+  double expert_seconds = 0.0;               ///< forward of the experts
+};
+
+struct MoEOutput {
+  at::Tensor output;    ///< x's shape and dtype
+  at::Tensor aux_loss;  ///< scalar, already scaled by its coefficient
+  at::Tensor z_loss;    ///< scalar, already scaled
+  MoEStats stats;
+};
+
+/// Sub-modules: gate, experts (or expert_<global index> with custom_expert), shared_expert.
+class MoELayerImpl : public torch::nn::Module {
+ public:
+  /// Local. Throws InvalidArgument for options that do not fit each other or the groups.
+  MoELayerImpl(MoELayerOptions options, ExpertGroups groups);
+
+  /// x [tokens, hidden] or [batch, seq, hidden]; tokens may differ per rank, or be 0. Collective over
+  /// groups.expert, and so is its backward. Keeps no state of the forward: several forwards before
+  /// a backward, accumulation and recomputation give the right gradients.
+  MoEOutput forward(const at::Tensor& x);
+
+  /// See GateImpl::update_expert_bias. Collective over the world.
+  void update_expert_bias();
+
+  /// Parameters that exist once per expert-parallel rank (the experts'); all others are shared.
+  [[nodiscard]] std::vector<at::Tensor> expert_parameters() const;
+
+  const MoELayerOptions options;
+  Gate gate{nullptr};
+  Experts experts{nullptr};  ///< null with custom_expert
+  [[nodiscard]] const Dispatcher& dispatcher() const { return *dispatcher_; }
+
+ private:
+  ExpertGroups groups_;
+  std::unique_ptr<Dispatcher> dispatcher_;
+  std::vector<torch::nn::AnyModule> custom_experts_;
+  Experts shared_expert_{nullptr};
+};
+TORCH_MODULE(MoELayer);
+
+}  // namespace lshmoe
