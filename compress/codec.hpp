@@ -11,6 +11,8 @@
 #include <string_view>
 #include <vector>
 
+#include "lshmoe/compress/parcel.hpp"
+
 namespace lshmoe {
 
 /// Which of the four exchanges of a layer a codec serves.
@@ -57,20 +59,21 @@ struct CodecContext {
 
 struct CodecStats {
   int64_t rows = 0;
-  int64_t clusters = 0;      ///< centroids sent, summed over the groups
-  int64_t raw_bytes = 0;     ///< 2 * rows * hidden_size: what bf16 would take, whatever the dtype
-  int64_t sent_bytes = 0;    ///< all bytes of all parcels
-  int64_t whole_rows = 0;    ///< rows sent whole
+  int64_t clusters = 0;    ///< centroids sent, summed over the groups
+  int64_t raw_bytes = 0;   ///< 2 * rows * hidden_size: what bf16 would take, whatever the dtype
+  int64_t sent_bytes = 0;  ///< all bytes of all parcels
+  int64_t whole_rows = 0;  ///< rows sent whole
   double max_relative_error = 0.0;   ///< largest |x - x'| / |x| over the rows
   double mean_relative_error = 0.0;  ///< mean of the same
   double max_error_ratio = 0.0;      ///< largest error over its own bound, <= 1; 0 without a bound
 };
 
 struct Encoded {
-  at::Tensor bytes;                      ///< uint8 [sum], CPU, one parcel a group, one after another
+  at::Tensor bytes;  ///< uint8 [sum], CPU, one parcel a group, one after another
   std::vector<int64_t> bytes_per_group;  ///< [groups]; 0 for a group without rows
-  at::Tensor assignment;  ///< int64 [N]: row -> centroid (over all groups), -1 none. lsh; else undefined
-  at::Tensor centroids;   ///< [C, hidden], row dtype, as decoded. lsh; else undefined
+  at::Tensor
+      assignment;  ///< int64 [N]: row -> centroid (over all groups), -1 none. lsh; else undefined
+  at::Tensor centroids;  ///< [C, hidden], row dtype, as decoded. lsh; else undefined
   std::vector<int64_t> centroids_per_group;  ///< [groups]
   CodecStats stats;
 };
@@ -117,16 +120,36 @@ class Codec {
  protected:
   Codec(CodecOptions options, CodecContext context);
 
+  /// The rows to encode: those of x [tokens, hidden_size] that `index` names (null: all, in order).
+  /// Checked by encode; pointers live as long as the call.
+  struct Source {
+    const void* data = nullptr;
+    const std::int64_t* index = nullptr;
+    std::int64_t rows = 0;
+    [[nodiscard]] std::int64_t row(std::int64_t i) const { return index ? index[i] : i; }
+  };
+  /// Where decoded rows go: row i of a parcel to row index[first + i] (null: first + i) of out.
+  struct Sink {
+    void* data = nullptr;
+    const std::int64_t* index = nullptr;
+    std::int64_t first = 0;
+    [[nodiscard]] std::int64_t row(std::int64_t i) const {
+      return index ? index[first + i] : first + i;
+    }
+  };
+
  private:
   CodecOptions options_;
   CodecContext context_;
 
-  virtual Encoded do_encode(const at::Tensor& x, const at::Tensor& row_index,
+  virtual Encoded do_encode(const Source& source,
                             const std::vector<int64_t>& rows_per_group) const = 0;
-  /// rows_per_group empty: take the parcels' counts and allocate; `out` undefined then.
-  virtual void do_decode(at::Tensor& out, const at::Tensor& row_index, const at::Tensor& bytes,
-                         const std::vector<int64_t>& bytes_per_group,
-                         std::vector<int64_t>& rows_per_group) const = 0;
+  /// The kind this codec writes and reads.
+  [[nodiscard]] virtual ParcelKind parcel_kind() const = 0;
+  /// Checks what the kind adds to a parcel and writes its rows.
+  virtual void do_decode(const Parcel& parcel, const Sink& sink) const = 0;
+
+  void check_bytes(const at::Tensor& bytes, const std::vector<int64_t>& bytes_per_group) const;
 };
 
 /// Checks names and ranges; throws InvalidArgument (or NotConfigured for a kind that is to come).

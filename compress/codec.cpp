@@ -1,0 +1,215 @@
+#include "lshmoe/compress/codec.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <utility>
+
+#include "lshmoe/compress/raw_codec.hpp"
+#include "lshmoe/runtime/error.hpp"
+
+namespace lshmoe {
+namespace {
+template <class Names>
+bool contains(const Names& names, const std::string& name) {
+  return std::find(names.begin(), names.end(), name) != names.end();
+}
+
+void check_index(const at::Tensor& index, int64_t tokens, const char* what) {
+  LSHMOE_VALIDATE(index.dim() == 1 && index.scalar_type() == at::kLong && index.is_cpu() &&
+                      index.is_contiguous(),
+                  what, ": row_index must be a contiguous int64 vector on the CPU, it is ",
+                  index.toString(), " with ", index.dim(), " dimensions");
+  const auto* row = index.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < index.numel(); ++i) {
+    LSHMOE_VALIDATE(row[i] >= 0 && row[i] < tokens, what, ": row_index[", i, "] = ", row[i],
+                    " is not one of the ", tokens, " rows");
+  }
+}
+
+void check_rows_per_group(const std::vector<int64_t>& rows_per_group, int64_t rows,
+                          const char* what) {
+  int64_t sum = 0;
+  for (const int64_t count : rows_per_group) {
+    LSHMOE_VALIDATE(count >= 0 && count <= std::numeric_limits<std::uint32_t>::max(), what,
+                    ": a group of ", count, " rows (a parcel holds 0 to 2^32 - 1)");
+    sum += count;
+  }
+  LSHMOE_VALIDATE(sum == rows, what, ": rows_per_group sums to ", sum, ", but there are ", rows,
+                  " rows");
+}
+}  // namespace
+
+std::string_view name_of(Direction direction) {
+  switch (direction) {
+    case Direction::dispatch:
+      return "dispatch";
+    case Direction::combine:
+      return "combine";
+    case Direction::combine_backward:
+      return "combine_backward";
+    case Direction::dispatch_backward:
+      return "dispatch_backward";
+  }
+  throw InvalidArgument("a direction that is none of the four");
+}
+
+void validate(const CodecOptions& options) {
+  static const std::array<std::string, 3> kKinds{"none", "bf16", "lsh"};
+  static const std::array<std::string, 3> kLaterKinds{"fp8", "int8", "int4"};
+  if (contains(kLaterKinds, options.kind())) {
+    throw NotConfigured(
+        detail::message("codec kind '", options.kind(),
+                        "' is to come and not in this version: use none, bf16 or lsh"));
+  }
+  LSHMOE_VALIDATE(contains(kKinds, options.kind()), "unknown codec kind '", options.kind(),
+                  "': use none, bf16 or lsh");
+  LSHMOE_VALIDATE(options.restore() == "expert" || options.restore() == "source",
+                  "unknown restore '", options.restore(), "': use expert or source");
+  LSHMOE_VALIDATE(std::isfinite(options.max_error()) && options.max_error() >= 0, "max_error ",
+                  options.max_error(),
+                  " (it bounds a row's relative error) must be a finite number >= 0");
+  LSHMOE_VALIDATE(options.error_reference().empty() || options.error_reference() == "row" ||
+                      options.error_reference() == "group",
+                  "unknown error_reference '", options.error_reference(),
+                  "': use row or group, or leave it empty for the direction's default");
+  LSHMOE_VALIDATE(options.hashes() >= 1 && options.hashes() <= 16, "hashes ", options.hashes(),
+                  " must be 1 to 16");
+  LSHMOE_VALIDATE(options.hash_dim() >= 1 && options.hash_dim() <= 1024, "hash_dim ",
+                  options.hash_dim(), " must be 1 to 1024");
+  LSHMOE_VALIDATE(
+      static_cast<double>(options.hashes()) * std::log2(2.0 * options.hash_dim()) <= 64.0,
+      "hashes ", options.hashes(), " of ", 2 * options.hash_dim(),
+      " buckets each do not fit one 64-bit bucket key: lower hashes or hash_dim");
+  LSHMOE_VALIDATE(options.projection() >= options.hashes() * options.hash_dim() &&
+                      options.projection() <= 65536,
+                  "projection ", options.projection(),
+                  " must be hashes * hash_dim = ", options.hashes() * options.hash_dim(),
+                  " at least (the hashes read that many) and ", 65536, " at most");
+  LSHMOE_VALIDATE(options.refine() >= 0 && options.refine() <= 100, "refine ", options.refine(),
+                  " must be 0 to 100");
+  LSHMOE_VALIDATE(options.max_clusters() >= 0 && options.max_clusters() <= 65535, "max_clusters ",
+                  options.max_clusters(), " must be 0 (no clusters) to 65535");
+  LSHMOE_VALIDATE(std::isfinite(options.alpha()), "alpha ", options.alpha(), " must be finite");
+}
+
+std::shared_ptr<Codec> make_codec(const CodecOptions& options, const CodecContext& context) {
+  validate(options);
+  LSHMOE_VALIDATE(context.hidden_size >= 1 && context.hidden_size <= (int64_t{1} << 24),
+                  "hidden_size ", context.hidden_size, " must be 1 to 2^24");
+  const at::ScalarType dtype = context.dtype;
+  LSHMOE_VALIDATE(dtype == at::kFloat || dtype == at::kBFloat16 ||
+                      (dtype == at::kDouble && options.kind() == "none"),
+                  "codec kind ", options.kind(), " does not take rows of dtype ", dtype,
+                  ": use float32 or bfloat16 (none: float64 too)");
+  if (options.kind() == "lsh") throw NotConfigured("codec kind lsh is not in this build yet");
+  return make_raw_codec(options, context);
+}
+
+Codec::Codec(CodecOptions options, CodecContext context)
+    : options_(std::move(options)), context_(context) {}
+
+Encoded Codec::encode(const at::Tensor& x, const at::Tensor& row_index,
+                      const std::vector<int64_t>& rows_per_group) const {
+  LSHMOE_VALIDATE(x.defined() && x.is_cpu(), "encode: the rows must be a tensor on the CPU");
+  LSHMOE_VALIDATE(x.dim() == 2 && x.size(1) == context_.hidden_size, "encode: rows of shape ",
+                  x.sizes(), ", expected [tokens, ", context_.hidden_size, "]");
+  LSHMOE_VALIDATE(x.scalar_type() == context_.dtype, "encode: rows of dtype ", x.scalar_type(),
+                  ", this codec was made for ", context_.dtype);
+  const at::Tensor rows = x.contiguous();
+  Source source;
+  source.data = rows.const_data_ptr();
+  source.rows = x.size(0);
+  if (row_index.defined()) {
+    check_index(row_index, x.size(0), "encode");
+    source.index = row_index.const_data_ptr<int64_t>();
+    source.rows = row_index.size(0);
+  }
+  check_rows_per_group(rows_per_group, source.rows, "encode");
+  return do_encode(source, rows_per_group);
+}
+
+Encoded Codec::encode(const at::Tensor& rows, const std::vector<int64_t>& rows_per_group) const {
+  return encode(rows, at::Tensor(), rows_per_group);
+}
+
+void Codec::check_bytes(const at::Tensor& bytes,
+                        const std::vector<int64_t>& bytes_per_group) const {
+  LSHMOE_VALIDATE(bytes.defined() && bytes.is_cpu() && bytes.dim() == 1 &&
+                      bytes.scalar_type() == at::kByte && bytes.is_contiguous(),
+                  "decode: the bytes must be a contiguous uint8 vector on the CPU");
+  int64_t left = bytes.numel();
+  for (const int64_t count : bytes_per_group) {
+    LSHMOE_VALIDATE(count >= 0 && count <= left, "decode: bytes_per_group does not fit the ",
+                    bytes.numel(), " bytes given");
+    left -= count;
+  }
+  LSHMOE_VALIDATE(left == 0, "decode: bytes_per_group leaves ", left, " of ", bytes.numel(),
+                  " bytes over");
+}
+
+void Codec::decode_into(at::Tensor& out, const at::Tensor& row_index, const at::Tensor& bytes,
+                        const std::vector<int64_t>& bytes_per_group,
+                        const std::vector<int64_t>& rows_per_group) const {
+  check_bytes(bytes, bytes_per_group);
+  LSHMOE_VALIDATE(out.defined() && out.is_cpu() && out.is_contiguous() && out.dim() == 2 &&
+                      out.size(1) == context_.hidden_size && out.scalar_type() == context_.dtype,
+                  "decode: out must be contiguous [rows, ", context_.hidden_size, "] of dtype ",
+                  context_.dtype, " on the CPU");
+  LSHMOE_VALIDATE(row_index.defined(), "decode: row_index is undefined");
+  check_index(row_index, out.size(0), "decode");
+  check_rows_per_group(rows_per_group, row_index.size(0), "decode");
+  LSHMOE_VALIDATE(rows_per_group.size() == bytes_per_group.size(),
+                  "decode: ", rows_per_group.size(), " groups of rows, but ",
+                  bytes_per_group.size(), " groups of bytes");
+  const auto* from = bytes.const_data_ptr<std::uint8_t>();
+  Sink sink{out.mutable_data_ptr(), row_index.const_data_ptr<int64_t>(), 0};
+  for (std::size_t group = 0; group < rows_per_group.size(); ++group) {
+    const auto size = static_cast<std::size_t>(bytes_per_group[group]);
+    if (size > 0) {
+      const Parcel parcel =
+          open_parcel({from, size}, parcel_kind(), context_.dtype, context_.hidden_size);
+      LSHMOE_VALIDATE(parcel.header.rows == rows_per_group[group], "decode: the parcel of group ",
+                      group, " holds ", parcel.header.rows, " rows, expected ",
+                      rows_per_group[group]);
+      do_decode(parcel, sink);
+    } else {
+      LSHMOE_VALIDATE(rows_per_group[group] == 0, "decode: group ", group, " has no parcel, but ",
+                      rows_per_group[group], " rows are expected");
+    }
+    from += size;
+    sink.first += rows_per_group[group];
+  }
+}
+
+Decoded Codec::decode(const at::Tensor& bytes, const std::vector<int64_t>& bytes_per_group) const {
+  check_bytes(bytes, bytes_per_group);
+  const auto* from = bytes.const_data_ptr<std::uint8_t>();
+  std::vector<Parcel> parcels(bytes_per_group.size());
+  Decoded decoded;
+  decoded.rows_per_group.resize(bytes_per_group.size());
+  for (std::size_t group = 0; group < parcels.size(); ++group) {
+    const auto size = static_cast<std::size_t>(bytes_per_group[group]);
+    if (size == 0) continue;
+    parcels[group] = open_parcel({from, size}, parcel_kind(), context_.dtype, context_.hidden_size);
+    // Every kind spends a byte a row at least, so the memory asked for is bounded by what came in.
+    LSHMOE_VALIDATE(parcels[group].header.rows <= parcels[group].body.size(),
+                    "decode: a parcel of ", size, " bytes says it holds ",
+                    parcels[group].header.rows, " rows");
+    decoded.rows_per_group[group] = parcels[group].header.rows;
+    from += size;
+  }
+  const int64_t rows =
+      std::accumulate(decoded.rows_per_group.begin(), decoded.rows_per_group.end(), int64_t{0});
+  decoded.rows = at::empty({rows, context_.hidden_size}, at::dtype(context_.dtype));
+  Sink sink{decoded.rows.mutable_data_ptr(), nullptr, 0};
+  for (std::size_t group = 0; group < parcels.size(); ++group) {
+    if (decoded.rows_per_group[group] > 0) do_decode(parcels[group], sink);
+    sink.first += decoded.rows_per_group[group];
+  }
+  return decoded;
+}
+
+}  // namespace lshmoe

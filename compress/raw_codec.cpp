@@ -1,0 +1,139 @@
+#include "lshmoe/compress/raw_codec.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "lshmoe/kernels/rows.hpp"
+#include "lshmoe/runtime/error.hpp"
+
+namespace lshmoe {
+namespace {
+
+class RawCodec final : public Codec {
+ public:
+  RawCodec(const CodecOptions& options, const CodecContext& context)
+      : Codec(options, context),
+        rounds_(options.kind() == "bf16" && context.dtype == at::kFloat),
+        element_bytes_(rounds_ ? 2 : at::elementSize(context.dtype)) {}
+
+ private:
+  // bf16 rows of kind bf16 travel as they are.
+  bool rounds_;
+  std::size_t element_bytes_;
+
+  ParcelKind parcel_kind() const override {
+    return options().kind() == "bf16" ? ParcelKind::bf16 : ParcelKind::none;
+  }
+
+  Encoded do_encode(const Source& source,
+                    const std::vector<int64_t>& rows_per_group) const override {
+    const int64_t hidden = context().hidden_size;
+    const std::size_t row_bytes = element_bytes_ * static_cast<std::size_t>(hidden);
+    Encoded encoded;
+    int64_t size = 0;
+    for (const int64_t rows : rows_per_group) {
+      const int64_t bytes = rows == 0 ? 0
+                                      : static_cast<int64_t>(ParcelHeader::kBytes) +
+                                            rows * static_cast<int64_t>(row_bytes);
+      encoded.bytes_per_group.push_back(bytes);
+      size += bytes;
+    }
+    encoded.bytes = at::empty({size}, at::kByte);
+    encoded.centroids_per_group.assign(rows_per_group.size(), 0);
+    auto* out = encoded.bytes.mutable_data_ptr<std::uint8_t>();
+    CodecStats& stats = encoded.stats;
+    double relative_sum = 0;
+    int64_t first = 0;
+    for (std::size_t group = 0; group < rows_per_group.size(); ++group) {
+      const int64_t rows = rows_per_group[group];
+      if (rows == 0) continue;
+      std::uint8_t* body = out + ParcelHeader::kBytes;
+      if (rounds_) {
+        for (int64_t i = 0; i < rows; ++i) {
+          const auto* x = static_cast<const float*>(source.data) + source.row(first + i) * hidden;
+          auto* y =
+              reinterpret_cast<kernels::Bfloat16*>(body + static_cast<std::size_t>(i) * row_bytes);
+          kernels::convert(y, x, hidden);
+          const double relative = rounding_error(x, y, hidden);
+          relative_sum += relative;
+          stats.max_relative_error = std::max(stats.max_relative_error, relative);
+        }
+      } else if (source.index != nullptr) {
+        kernels::gather_rows(body, source.data, source.index + first, rows, row_bytes);
+      } else {
+        kernels::gather_rows(body,
+                             static_cast<const std::uint8_t*>(source.data) +
+                                 static_cast<std::size_t>(first) * row_bytes,
+                             nullptr, rows, row_bytes);
+      }
+      ParcelHeader header;
+      header.kind = parcel_kind();
+      header.dtype = context().dtype;
+      header.rows = static_cast<std::uint32_t>(rows);
+      header.hidden_size = static_cast<std::uint32_t>(hidden);
+      header.body_bytes = static_cast<std::uint64_t>(rows) * row_bytes;
+      const auto bytes = static_cast<std::size_t>(encoded.bytes_per_group[group]);
+      seal_parcel(header, {out, bytes});
+      out += bytes;
+      first += rows;
+    }
+    stats.rows = source.rows;
+    stats.raw_bytes = 2 * source.rows * hidden;
+    stats.sent_bytes = size;
+    stats.whole_rows = rounds_ ? 0 : source.rows;
+    if (source.rows > 0)
+      stats.mean_relative_error = relative_sum / static_cast<double>(source.rows);
+    return encoded;
+  }
+
+  void do_decode(const Parcel& parcel, const Sink& sink) const override {
+    const int64_t hidden = context().hidden_size;
+    const std::size_t row_bytes = element_bytes_ * static_cast<std::size_t>(hidden);
+    const auto rows = static_cast<int64_t>(parcel.header.rows);
+    LSHMOE_VALIDATE(parcel.header.flags == 0 && parcel.header.centroids == 0 &&
+                        parcel.shared.empty() &&
+                        parcel.body.size() == static_cast<std::size_t>(rows) * row_bytes,
+                    "decode: a parcel of ", rows, " rows has ", parcel.body.size(),
+                    " bytes of them, expected ", static_cast<std::size_t>(rows) * row_bytes);
+    if (rounds_) {
+      for (int64_t i = 0; i < rows; ++i) {
+        // The parcel may start at any byte: no typed load may assume alignment.
+        const std::uint8_t* from = parcel.body.data() + static_cast<std::size_t>(i) * row_bytes;
+        float* to = static_cast<float*>(sink.data) + sink.row(i) * hidden;
+        for (int64_t j = 0; j < hidden; ++j) {
+          kernels::Bfloat16 value;
+          std::memcpy(&value, from + 2 * j, 2);
+          to[j] = kernels::to_float(value);
+        }
+      }
+    } else if (sink.index != nullptr) {
+      kernels::scatter_rows(sink.data, sink.index + sink.first, parcel.body.data(), rows,
+                            row_bytes);
+    } else {
+      kernels::scatter_rows(
+          static_cast<std::uint8_t*>(sink.data) + static_cast<std::size_t>(sink.first) * row_bytes,
+          nullptr, parcel.body.data(), rows, row_bytes);
+    }
+  }
+
+  static double rounding_error(const float* x, const kernels::Bfloat16* y, int64_t hidden) {
+    double error = 0, norm = 0;
+    for (int64_t j = 0; j < hidden; ++j) {
+      const double value = x[j];
+      const double difference = value - static_cast<double>(kernels::to_float(y[j]));
+      error += difference * difference;
+      norm += value * value;
+    }
+    // NaN and Inf pass through; they have no relative error.
+    return norm > 0 && std::isfinite(norm) && std::isfinite(error) ? std::sqrt(error / norm) : 0;
+  }
+};
+
+}  // namespace
+
+std::shared_ptr<Codec> make_raw_codec(const CodecOptions& options, const CodecContext& context) {
+  return std::make_shared<RawCodec>(options, context);
+}
+
+}  // namespace lshmoe
