@@ -60,7 +60,8 @@ class Communicator {
   [[nodiscard]] virtual const std::string& host() const = 0;
 
   /// Ranks with the same `color` form a new communicator, ordered by (key, rank). `name` is
-  /// appended to this one's. Collective. The new communicator keeps what it needs of this one alive.
+  /// appended to this one's. Collective. The new communicator keeps what it needs of this one
+  /// alive.
   [[nodiscard]] virtual std::shared_ptr<Communicator> split(int color, int key,
                                                             const std::string& name) = 0;
 

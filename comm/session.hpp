@@ -12,13 +12,14 @@ struct SessionOptions {
   double timeout_seconds = 300.0;  ///< longest wait for the peers of one collective
 };
 
-/// Owns the process's part in the job. Make one, first thing in main, and let it live until the end.
+/// Owns the process's part in the job. Make one, first thing in main, and let it live until the
+/// end.
 ///
 /// Under mpirun or Slurm (OMPI_*, PMIX_* or PMI_* in the environment) it initialises MPI at
-/// THREAD_SERIALIZED and finalises it; without them the world is this process alone ("self") and MPI
-/// is not touched. SLURM_NTASKS > 1 with a world of one throws CommError. If the destructor runs
-/// because an exception unwinds, it aborts the whole job (MPI_Abort): a Finalize would hang there.
-/// Nothing else in this library calls MPI_Init, MPI_Finalize or MPI_Abort.
+/// THREAD_SERIALIZED and finalises it; without them the world is this process alone ("self") and
+/// MPI is not touched. SLURM_NTASKS > 1 with a world of one throws CommError. If the destructor
+/// runs because an exception unwinds, it aborts the whole job (MPI_Abort): a Finalize would hang
+/// there. Nothing else in this library calls MPI_Init, MPI_Finalize or MPI_Abort.
 class Session {
  public:
   /// Collective over the job. argc and argv may be null/0; they are not changed.

@@ -16,16 +16,16 @@ namespace lshmoe {
 
 /// What one direction of one forward (and its backward) sent from this rank.
 struct DirectionStats {
-  int64_t rows = 0;         ///< rows given to the codec (rows for other ranks; all with codec_on_self)
+  int64_t rows = 0;  ///< rows given to the codec (rows for other ranks; all with codec_on_self)
   int64_t clusters = 0;
   int64_t whole_rows = 0;
-  int64_t bytes_raw = 0;    ///< 2 * elements of the rows the plan sends to other ranks
-  int64_t codec_bytes = 0;  ///< parcels sent to other ranks
-  int64_t plan_bytes = 0;   ///< sizes, ids, weights, gate gradients sent to other ranks
+  int64_t bytes_raw = 0;            ///< 2 * elements of the rows the plan sends to other ranks
+  int64_t codec_bytes = 0;          ///< parcels sent to other ranks
+  int64_t plan_bytes = 0;           ///< sizes, ids, weights, gate gradients sent to other ranks
   double max_relative_error = 0.0;  ///< see CodecStats
   double max_error_ratio = 0.0;
-  double codec_seconds = 0.0;       ///< encode + decode
-  double exchange_seconds = 0.0;    ///< inside the communicator
+  double codec_seconds = 0.0;     ///< encode + decode
+  double exchange_seconds = 0.0;  ///< inside the communicator
 };
 
 /// Statistics of one forward; the backward adds its directions when it runs, so read them after it.
@@ -89,9 +89,10 @@ class Dispatcher {
 
   /// Sends each token once to each rank that holds one of its experts. Collective over
   /// groups.expert, and so is its backward; differentiable in x and topk_weights.
-  /// x [tokens, hidden_size] float32 | bfloat16 | float64 (codec none); tokens may differ per rank, or be 0.
-  /// topk_ids int64 [tokens, k], -1 = dropped; topk_weights [tokens, k] fp32 (fp64 where x is).
-  /// Throws InvalidArgument on ids out of range or repeated in a token, wrong shapes or dtypes.
+  /// x [tokens, hidden_size] float32 | bfloat16 | float64 (codec none); tokens may differ per rank,
+  /// or be 0. topk_ids int64 [tokens, k], -1 = dropped; topk_weights [tokens, k] fp32 (fp64 where x
+  /// is). Throws InvalidArgument on ids out of range or repeated in a token, wrong shapes or
+  /// dtypes.
   [[nodiscard]] Dispatched dispatch(const at::Tensor& x, const at::Tensor& topk_ids,
                                     const at::Tensor& topk_weights) const;
 

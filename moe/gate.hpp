@@ -39,11 +39,12 @@ struct GateOptions {
 void validate(const GateOptions& options);
 
 struct GateOutput {
-  at::Tensor topk_ids;      ///< int64 [tokens, top_k]; -1 = dropped by capacity. Best first.
-  at::Tensor topk_weights;  ///< fp32 (fp64 where x is) [tokens, top_k]; 0 where dropped. Differentiable.
-  at::Tensor aux_loss;      ///< scalar, scaled: coeff * E/(k T) * sum_i f_i P_i; 0 without tokens
-  at::Tensor z_loss;        ///< scalar, scaled: coeff * mean(logsumexp(logits)^2)
-  at::Tensor load;          ///< int64 [num_experts], CPU: choices of this rank, before dropping
+  at::Tensor topk_ids;  ///< int64 [tokens, top_k]; -1 = dropped by capacity. Best first.
+  at::Tensor
+      topk_weights;  ///< fp32 (fp64 where x is) [tokens, top_k]; 0 where dropped. Differentiable.
+  at::Tensor aux_loss;  ///< scalar, scaled: coeff * E/(k T) * sum_i f_i P_i; 0 without tokens
+  at::Tensor z_loss;    ///< scalar, scaled: coeff * mean(logsumexp(logits)^2)
+  at::Tensor load;      ///< int64 [num_experts], CPU: choices of this rank, before dropping
 };
 
 /// Parameters: weight [num_experts, hidden_size]; buffer with sigmoid: expert_bias [num_experts]

@@ -58,10 +58,11 @@ void validate(const MoELayerOptions& options, int ep_size);
 
 /// Statistics of one forward. The exchange's backward part is filled in by backward().
 struct MoEStats {
-  std::vector<int64_t> tokens_per_expert;    ///< [num_local_experts] rows that reached this rank's experts
-  at::Tensor load;                           ///< int64 [num_experts]: choices of this rank
+  std::vector<int64_t>
+      tokens_per_expert;  ///< [num_local_experts] rows that reached this rank's experts
+  at::Tensor load;        ///< int64 [num_experts]: choices of this rank
   std::shared_ptr<ExchangeStats> exchange;
-  double expert_seconds = 0.0;               ///< forward of the experts
+  double expert_seconds = 0.0;  ///< forward of the experts
 };
 
 struct MoEOutput {
@@ -77,9 +78,9 @@ class MoELayerImpl : public torch::nn::Module {
   /// Local. Throws InvalidArgument for options that do not fit each other or the groups.
   MoELayerImpl(MoELayerOptions options, ExpertGroups groups);
 
-  /// x [tokens, hidden] or [batch, seq, hidden]; tokens may differ per rank, or be 0. Collective over
-  /// groups.expert, and so is its backward. Keeps no state of the forward: several forwards before
-  /// a backward, accumulation and recomputation give the right gradients.
+  /// x [tokens, hidden] or [batch, seq, hidden]; tokens may differ per rank, or be 0. Collective
+  /// over groups.expert, and so is its backward. Keeps no state of the forward: several forwards
+  /// before a backward, accumulation and recomputation give the right gradients.
   MoEOutput forward(const at::Tensor& x);
 
   /// See GateImpl::update_expert_bias. Collective over the world.

@@ -16,7 +16,8 @@ class Error : public std::runtime_error {
   explicit Error(const std::string& message);
 };
 
-/// The caller passed something this library cannot work with, or bytes from a wire or file are damaged.
+/// The caller passed something this library cannot work with, or bytes from a wire or file are
+/// damaged.
 class InvalidArgument : public Error {
  public:
   using Error::Error;
@@ -28,7 +29,8 @@ class CommError : public Error {
   using Error::Error;
 };
 
-/// A wait reached its deadline. The text names the peers waited for. The communicator is dead after it.
+/// A wait reached its deadline. The text names the peers waited for. The communicator is dead after
+/// it.
 class Timeout : public CommError {
  public:
   using CommError::CommError;
@@ -66,14 +68,15 @@ std::string message(const Parts&... parts) {
 }  // namespace lshmoe
 
 /// Throws InvalidArgument with the streamed parts when the condition does not hold:
-/// LSHMOE_VALIDATE(k <= n, "top_k ", k, " > num_experts ", n, " (a token cannot ...): lower top_k").
-#define LSHMOE_VALIDATE(condition, ...)                                              \
-  do {                                                                               \
+/// LSHMOE_VALIDATE(k <= n, "top_k ", k, " > num_experts ", n, " (a token cannot ...): lower
+/// top_k").
+#define LSHMOE_VALIDATE(condition, ...)                                                        \
+  do {                                                                                         \
     if (!(condition)) throw ::lshmoe::InvalidArgument(::lshmoe::detail::message(__VA_ARGS__)); \
   } while (false)
 
 /// An invariant of this library's own; a failure is a bug here, not in the caller. Always on.
-#define LSHMOE_ASSERT(condition)                                                      \
-  do {                                                                                \
+#define LSHMOE_ASSERT(condition)                                                     \
+  do {                                                                               \
     if (!(condition)) ::lshmoe::detail::fail_assert(#condition, __FILE__, __LINE__); \
   } while (false)

@@ -1,0 +1,111 @@
+#include "lshmoe/runtime/options.hpp"
+
+#include <algorithm>
+#include <boost/program_options.hpp>
+#include <fstream>
+#include <iostream>
+#include <numeric>
+#include <sstream>
+
+#include "lshmoe/runtime/error.hpp"
+
+namespace lshmoe {
+namespace po = boost::program_options;
+namespace {
+
+/// Levenshtein distance.
+std::size_t edit_distance(const std::string& a, const std::string& b) {
+  std::vector<std::size_t> row(b.size() + 1);
+  std::iota(row.begin(), row.end(), std::size_t{0});
+  for (std::size_t i = 1; i <= a.size(); ++i) {
+    std::size_t diagonal = row[0];
+    row[0] = i;
+    for (std::size_t j = 1; j <= b.size(); ++j) {
+      const std::size_t substituted = diagonal + (a[i - 1] != b[j - 1]);
+      diagonal = row[j];
+      row[j] = std::min({row[j] + 1, row[j - 1] + 1, substituted});
+    }
+  }
+  return row.back();
+}
+
+}  // namespace
+
+OptionParser::OptionParser(std::string program, std::string description)
+    : program_(std::move(program)), description_(std::move(description)) {
+  group("General").add_options()("help,h", "print this and exit")(
+      "config", po::value<std::string>()->value_name("FILE"),
+      "INI file with any of these options, without dashes; the command line wins");
+}
+
+po::options_description& OptionParser::group(const std::string& title) {
+  return groups_.emplace_back(title, 110);
+}
+
+po::options_description OptionParser::all() const {
+  po::options_description sum;
+  for (const auto& part : groups_) sum.add(part);
+  return sum;
+}
+
+std::string OptionParser::nearest(const std::string& name) const {
+  std::string best;
+  std::size_t best_distance = std::max<std::size_t>(2, name.size() / 2) + 1;
+  const po::options_description known = all();
+  for (const auto& option : known.options()) {
+    const std::size_t distance = edit_distance(name, option->long_name());
+    if (distance < best_distance) {
+      best_distance = distance;
+      best = option->long_name();
+    }
+  }
+  return best.empty() ? "" : ", did you mean --" + best + "?";
+}
+
+std::string OptionParser::help() const {
+  std::ostringstream text;
+  text << description_ << "\n\nusage: " << program_ << " [options]\n\n" << all();
+  return text.str();
+}
+
+bool OptionParser::parse(int argc, const char* const* argv, bool print_help) {
+  const po::options_description known = all();
+  po::variables_map values;
+  std::string source = "the command line";
+  try {
+    // No guessing of shortened names: a typo must not become another option.
+    const int style =
+        po::command_line_style::default_style & ~po::command_line_style::allow_guessing;
+    po::store(po::command_line_parser(argc, argv).options(known).style(style).positional({}).run(),
+              values);
+    if (values.count("help") != 0) {
+      if (print_help) std::cout << help() << std::flush;
+      return false;
+    }
+    if (values.count("config") != 0) {
+      source = values["config"].as<std::string>();
+      std::ifstream file(source);
+      LSHMOE_VALIDATE(file.good(), "cannot read the file '", source,
+                      "' given by --config: check the path and its permissions");
+      po::store(po::parse_config_file(file, known), values);
+      LSHMOE_VALIDATE(!file.bad(), "reading '", source, "' failed part way: check the disk");
+    }
+    po::notify(values);
+  } catch (const po::unknown_option& error) {
+    std::string name = error.get_option_name();
+    name.erase(0, name.find_first_not_of('-'));
+    throw InvalidArgument(detail::message("unknown option '", name, "' in ", source, nearest(name),
+                                          " (see ", program_, " --help)"));
+  } catch (const po::too_many_positional_options_error&) {
+    throw InvalidArgument(
+        detail::message("a value without an option on the command line (every "
+                        "value belongs to a --name): see ",
+                        program_, " --help"));
+  } catch (const po::error& error) {
+    throw InvalidArgument(
+        detail::message(error.what(), " (in ", source, "): see ", program_, " --help"));
+  }
+  return true;
+}
+
+}  // namespace lshmoe

@@ -1,0 +1,41 @@
+#pragma once
+// Program options: groups composed per folder, from the command line and an INI file.
+
+#include <boost/program_options/options_description.hpp>
+#include <boost/program_options/value_semantic.hpp>
+#include <string>
+#include <vector>
+
+namespace lshmoe {
+
+/// Options of one program. Each folder adds a group that writes into variables of its own:
+///
+///     OptionParser parser("lshmoe-train", "Trains ...");
+///     parser.group("Model").add_options()("layers", po::value(&layers)->default_value(2), "...");
+///     if (!parser.parse(argc, argv)) return 0;   // --help was asked for and printed
+class OptionParser {
+ public:
+  OptionParser(std::string program, std::string description);
+
+  /// A new group, listed under `title` by --help; the reference stays valid until the next group().
+  boost::program_options::options_description& group(const std::string& title);
+
+  /// Reads the command line and, if it names one with --config FILE, an INI file of the same names
+  /// without dashes; the command line wins. Sets the variables. Returns false when --help was
+  /// asked for, and prints it to stdout if `print_help`. Local.
+  /// Throws InvalidArgument in one line: an unknown option (with the nearest known name), a bad or
+  /// missing value, an unreadable file.
+  [[nodiscard]] bool parse(int argc, const char* const* argv, bool print_help = true);
+
+  /// What --help prints.
+  [[nodiscard]] std::string help() const;
+
+ private:
+  std::string program_, description_;
+  std::vector<boost::program_options::options_description> groups_;
+
+  [[nodiscard]] boost::program_options::options_description all() const;
+  [[nodiscard]] std::string nearest(const std::string& name) const;
+};
+
+}  // namespace lshmoe

@@ -1,0 +1,20 @@
+#pragma once
+// StopFlag: lets a job end cleanly after its current step when a signal asks for it.
+
+namespace lshmoe {
+
+/// While it lives, SIGUSR1, SIGTERM and SIGINT set a flag instead of ending the process. A second
+/// SIGINT or SIGTERM ends it at once, so that a stuck program can still be interrupted. One at a
+/// time.
+class StopFlag {
+ public:
+  StopFlag();
+  ~StopFlag();  ///< puts the former handlers back
+  StopFlag(const StopFlag&) = delete;
+  StopFlag& operator=(const StopFlag&) = delete;
+
+  /// True once one of the signals came to this process. Local, async-signal-safe.
+  [[nodiscard]] bool requested() const;
+};
+
+}  // namespace lshmoe
