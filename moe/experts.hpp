@@ -27,6 +27,7 @@ struct ExpertsOptions {
 };
 void validate(const ExpertsOptions& options);
 
+/// Initial weights and biases are U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as torch's Linear draws them.
 /// relu/gelu: y = w2 act(w1 x + b1) + b2. swiglu: y = w2 (silu(w1 x) * (w3 x)), no biases.
 /// Parameters: w1 [E, ffn, hidden], b1 [E, ffn], w2 [E, hidden, ffn], b2 [E, hidden]; swiglu: w1,
 /// w3 [E, ffn, hidden], w2.

@@ -4,6 +4,7 @@
 #include <torch/torch.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "lshmoe/comm/communicator.hpp"
@@ -31,7 +32,9 @@ struct GateOptions {
   TORCH_ARG(double, z_loss_coeff) = 0.0;
   /// sigmoid only: expert_bias += rate * sign(mean load - load) in update_expert_bias().
   TORCH_ARG(double, expert_bias_rate) = 0.0;
-  /// Seed of the initial weights; equal on all ranks.
+  /// Number of this layer in the model: separates the layers' random streams.
+  TORCH_ARG(int64_t, layer) = 0;
+  /// Seed of the initial weights, U(-1/sqrt(hidden), 1/sqrt(hidden)); equal on all ranks.
   TORCH_ARG(uint64_t, seed) = 0;
 };
 
@@ -55,8 +58,10 @@ class GateImpl : public torch::nn::Module {
   explicit GateImpl(GateOptions options);
   /// x [tokens, hidden_size], tokens may be 0. Local.
   GateOutput forward(const at::Tensor& x);
-  /// Adds rate * sign(mean load - load), the load summed over `world` since the last call.
-  /// Collective over `world`; call it once an optimiser step. No-op for softmax.
+  /// Adds rate * sign(mean load - load), the load summed over `world` since the last call. Loads
+  /// are counted by forward in training with gradients enabled, so a recomputation under no_grad or
+  /// an evaluation adds nothing. Collective over `world`; call it once an optimiser step. No-op for
+  /// softmax.
   void update_expert_bias(Communicator& world);
 
   const GateOptions options;

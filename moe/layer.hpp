@@ -40,10 +40,12 @@ struct MoELayerOptions {
   TORCH_ARG(int64_t, layer) = 0;
   TORCH_ARG(uint64_t, seed) = 0;
   /// Makes the module of one expert from its global index, in place of the built-in experts:
-  /// forward(Tensor [rows, hidden]) -> Tensor [rows, hidden], rows may be 0.
+  /// forward(Tensor [rows, hidden]) -> Tensor [rows, hidden], rows may be 0. Makes it on every rank
+  /// from the index alone, or the model depends on the layout.
   TORCH_ARG(std::function<torch::nn::AnyModule(int64_t)>, custom_expert) = nullptr;
 
  public:
+  /// As DispatcherOptions' setters of the same names.
   MoELayerOptions& codec(const CodecOptions& c);
   MoELayerOptions& codec_dispatch(const CodecOptions& c);
   MoELayerOptions& codec_combine(const CodecOptions& c);
@@ -51,9 +53,10 @@ struct MoELayerOptions {
   [[nodiscard]] const CodecOptions& codec(Direction direction) const;
 
  private:
-  CodecOptions codecs_[4] = {CodecOptions().kind("none"), CodecOptions().kind("none"),
-                             CodecOptions().kind("none"), CodecOptions().kind("none")};
+  DispatcherOptions exchange_{1, 1};  // holds the codecs only
+  friend class MoELayerImpl;
 };
+/// Throws InvalidArgument naming the option, and what it clashes with.
 void validate(const MoELayerOptions& options, int ep_size);
 
 /// Statistics of one forward. The exchange's backward part is filled in by backward().
@@ -73,6 +76,7 @@ struct MoEOutput {
 };
 
 /// Sub-modules: gate, experts (or expert_<global index> with custom_expert), shared_expert.
+/// The shared expert's parameters have the experts' shapes with a leading dimension of 1.
 class MoELayerImpl : public torch::nn::Module {
  public:
   /// Local. Throws InvalidArgument for options that do not fit each other or the groups.
@@ -99,6 +103,8 @@ class MoELayerImpl : public torch::nn::Module {
   std::unique_ptr<Dispatcher> dispatcher_;
   std::vector<torch::nn::AnyModule> custom_experts_;
   Experts shared_expert_{nullptr};
+
+  at::Tensor run_experts(const at::Tensor& rows, const std::vector<int64_t>& rows_per_expert);
 };
 TORCH_MODULE(MoELayer);
 

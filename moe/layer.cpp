@@ -1,0 +1,152 @@
+#include "lshmoe/moe/layer.hpp"
+
+#include <chrono>
+
+#include "lshmoe/runtime/error.hpp"
+
+namespace lshmoe {
+namespace {
+
+GateOptions gate_options(const MoELayerOptions& o) {
+  return GateOptions(o.hidden_size(), o.num_experts())
+      .top_k(o.top_k())
+      .score_function(o.score_function())
+      .normalize_top_k(o.normalize_top_k())
+      .capacity_factor(o.capacity_factor())
+      .drop_policy(o.drop_policy())
+      .aux_loss_coeff(o.aux_loss_coeff())
+      .z_loss_coeff(o.z_loss_coeff())
+      .expert_bias_rate(o.expert_bias_rate())
+      .layer(o.layer())
+      .seed(o.seed());
+}
+
+ExpertsOptions experts_options(const MoELayerOptions& o, int64_t ffn_hidden_size, int64_t local,
+                               int64_t first) {
+  return ExpertsOptions(o.hidden_size(), ffn_hidden_size, local)
+      .first_expert(first)
+      .activation(o.activation())
+      .layer(o.layer())
+      .seed(o.seed());
+}
+
+}  // namespace
+
+MoELayerOptions& MoELayerOptions::codec(const CodecOptions& c) {
+  exchange_.codec(c);
+  return *this;
+}
+MoELayerOptions& MoELayerOptions::codec_dispatch(const CodecOptions& c) {
+  exchange_.codec_dispatch(c);
+  return *this;
+}
+MoELayerOptions& MoELayerOptions::codec_combine(const CodecOptions& c) {
+  exchange_.codec_combine(c);
+  return *this;
+}
+MoELayerOptions& MoELayerOptions::codec_backward(const CodecOptions& c) {
+  exchange_.codec_backward(c);
+  return *this;
+}
+const CodecOptions& MoELayerOptions::codec(Direction direction) const {
+  return exchange_.codec(direction);
+}
+
+void validate(const MoELayerOptions& o, int ep_size) {
+  validate(gate_options(o));
+  LSHMOE_VALIDATE(o.ffn_hidden_size() >= 1, "ffn_hidden_size is ", o.ffn_hidden_size(),
+                  " (must be at least 1)");
+  LSHMOE_VALIDATE(o.shared_expert_size() >= 0, "shared_expert_size is ", o.shared_expert_size(),
+                  " (must be 0 for none, or positive)");
+  LSHMOE_VALIDATE(ep_size >= 1 && o.num_experts() % ep_size == 0, "num_experts ", o.num_experts(),
+                  " is not divisible by ep_size ", ep_size,
+                  " (each rank holds the same number of experts): change one of them");
+  validate(experts_options(o, o.ffn_hidden_size(), o.num_experts() / ep_size, 0));
+}
+
+MoELayerImpl::MoELayerImpl(MoELayerOptions layer_options, ExpertGroups groups)
+    : options(std::move(layer_options)), groups_(std::move(groups)) {
+  validate(options, groups_.expert->size());
+  gate = register_module("gate", Gate(gate_options(options)));
+  DispatcherOptions exchange = options.exchange_;
+  exchange.hidden_size(options.hidden_size())
+      .num_experts(options.num_experts())
+      .alignment(options.alignment())
+      .layer(options.layer())
+      .codec_on_self(options.codec_on_self());
+  dispatcher_ = std::make_unique<Dispatcher>(exchange, groups_);
+  const int64_t local = dispatcher_->num_local_experts();
+  const int64_t first = dispatcher_->first_local_expert();
+  if (options.custom_expert()) {
+    for (int64_t e = first; e < first + local; ++e) {
+      custom_experts_.push_back(options.custom_expert()(e));
+      register_module("expert_" + std::to_string(e), custom_experts_.back().ptr());
+    }
+  } else {
+    experts = register_module(
+        "experts", Experts(experts_options(options, options.ffn_hidden_size(), local, first)));
+  }
+  if (options.shared_expert_size() > 0) {
+    // Numbered after the experts, so that its weights are nobody else's.
+    shared_expert_ = register_module(
+        "shared_expert",
+        Experts(experts_options(options, options.shared_expert_size(), 1, options.num_experts())));
+  }
+}
+
+at::Tensor MoELayerImpl::run_experts(const at::Tensor& rows,
+                                     const std::vector<int64_t>& rows_per_expert) {
+  if (!experts.is_empty()) return experts->forward(rows, rows_per_expert);
+  std::vector<at::Tensor> outputs;
+  const auto blocks = rows.split_with_sizes(rows_per_expert);
+  for (std::size_t e = 0; e < blocks.size(); ++e) {
+    outputs.push_back(custom_experts_[e].forward(blocks[e]));
+    LSHMOE_VALIDATE(outputs.back().sizes() == blocks[e].sizes(), "custom expert ",
+                    dispatcher_->first_local_expert() + static_cast<int64_t>(e), " returned ",
+                    outputs.back().sizes(), " for input ", blocks[e].sizes(),
+                    " (must have the same shape)");
+  }
+  return at::cat(outputs);
+}
+
+MoEOutput MoELayerImpl::forward(const at::Tensor& x) {
+  LSHMOE_VALIDATE(x.dim() >= 2 && x.size(-1) == options.hidden_size(), "the MoE layer's input is ",
+                  x.sizes(), " (must be [tokens, ", options.hidden_size(), "] or [batch, seq, ",
+                  options.hidden_size(), "])");
+  const at::Tensor tokens = x.reshape({-1, options.hidden_size()});
+  const GateOutput routing = gate->forward(tokens);
+  const Dispatched dispatched =
+      dispatcher_->dispatch(tokens, routing.topk_ids, routing.topk_weights);
+
+  const auto start = std::chrono::steady_clock::now();
+  const at::Tensor expert_output = run_experts(dispatched.rows, dispatched.rows_per_expert);
+  const std::chrono::duration<double> expert_time = std::chrono::steady_clock::now() - start;
+
+  at::Tensor output = dispatcher_->combine(expert_output, dispatched);
+  if (!shared_expert_.is_empty()) {
+    output = output + shared_expert_->forward(tokens, {tokens.size(0)});
+  }
+
+  MoEOutput out;
+  out.output = output.view(x.sizes());
+  out.aux_loss = routing.aux_loss;
+  out.z_loss = routing.z_loss;
+  out.stats.tokens_per_expert = dispatched.tokens_per_expert;
+  out.stats.load = routing.load;
+  out.stats.exchange = dispatched.stats;
+  out.stats.expert_seconds = expert_time.count();
+  return out;
+}
+
+void MoELayerImpl::update_expert_bias() { gate->update_expert_bias(*groups_.world); }
+
+std::vector<at::Tensor> MoELayerImpl::expert_parameters() const {
+  if (!experts.is_empty()) return experts->parameters();
+  std::vector<at::Tensor> all;
+  for (const auto& module : custom_experts_) {
+    for (const at::Tensor& parameter : module.ptr()->parameters()) all.push_back(parameter);
+  }
+  return all;
+}
+
+}  // namespace lshmoe
