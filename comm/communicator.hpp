@@ -2,8 +2,16 @@
 // Bytes between ranks: the interface every backend implements (self, mpi; later nccl).
 //
 // Every member function that is marked collective must be called by all ranks of the communicator
-// in the same order. No function here keeps a reference to its arguments after it returns.
+// in the same order with the same purpose; a rank that does otherwise makes the others throw
+// CommError. No function here keeps a reference to its arguments after it returns.
+//
+// Errors of every collective: InvalidArgument for arguments that are wrong on this rank alone
+// (nothing was sent; the communicator still works), CommError when ranks disagree or a peer failed,
+// Timeout when a peer did not come. After the last two the communicator is dead: each later
+// collective on it throws CommError at once, and the buffers of the failed call must stay allocated
+// as long as the process goes on using MPI.
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -31,6 +39,7 @@ enum class Purpose : std::uint8_t {
 [[nodiscard]] std::string_view name_of(Purpose purpose);
 
 /// Counted at the transport: bytes handed over for other ranks, bytes received from them, calls.
+/// Payload only, as the caller handed it over: the backend's own headers, like MPI's, do not count.
 /// What stays on the own rank counts in none of them.
 struct Traffic {
   std::uint64_t bytes_sent = 0;
@@ -56,58 +65,78 @@ class Communicator {
   [[nodiscard]] virtual const std::string& name() const = 0;
   /// "self" or "mpi". Local.
   [[nodiscard]] virtual std::string_view backend() const = 0;
-  /// Host this rank runs on, as its backend names it; equal on ranks that share memory. Local.
-  [[nodiscard]] virtual const std::string& host() const = 0;
+  /// Name of the host that this communicator's rank `rank` runs on; equal on ranks that share
+  /// memory. Local.
+  [[nodiscard]] virtual const std::string& host(int rank) const = 0;
 
-  /// Ranks with the same `color` form a new communicator, ordered by (key, rank). `name` is
-  /// appended to this one's. Collective. The new communicator keeps what it needs of this one
-  /// alive.
-  [[nodiscard]] virtual std::shared_ptr<Communicator> split(int color, int key,
-                                                            const std::string& name) = 0;
+  /// Ranks with the same `color` (>= 0) form a new communicator, ordered by (key, rank). `name` is
+  /// appended to this one's. Collective. The new communicator needs only the Session (or the
+  /// adopted MPI) to stay alive, not this one.
+  [[nodiscard]] std::shared_ptr<Communicator> split(int color, int key, const std::string& name);
 
   /// Returns when all ranks have entered. Collective.
-  virtual void barrier() = 0;
+  void barrier(Purpose purpose = Purpose::control);
 
   /// Element-wise reduction in place over all ranks; every rank gets the same bits, summed in rank
-  /// order whatever arrives first. Host memory. Collective; all ranks pass the same count.
+  /// order whatever arrives first. NaN in any rank's element gives NaN, for min and max too. Host
+  /// memory. Collective; all ranks pass the same count. Uses as much scratch memory as data.
   void all_reduce(std::span<float> data, ReduceOp op, Purpose purpose);
   void all_reduce(std::span<double> data, ReduceOp op, Purpose purpose);
   void all_reduce(std::span<std::int64_t> data, ReduceOp op, Purpose purpose);
 
-  /// Copies `bytes` bytes from `root` to all ranks. Host memory. Collective.
-  virtual void broadcast(void* data, std::size_t bytes, int root, Purpose purpose) = 0;
+  /// Copies `bytes` bytes from `root` to all ranks; `bytes` is the same on all. Host memory.
+  /// Collective.
+  void broadcast(void* data, std::size_t bytes, int root, Purpose purpose);
 
   /// Every rank's bytes on `root`, in rank order; sizes may differ. Empty on the other ranks.
   /// Collective.
-  [[nodiscard]] virtual std::vector<std::vector<std::byte>> gather(std::span<const std::byte> data,
-                                                                   int root, Purpose purpose) = 0;
+  [[nodiscard]] std::vector<std::vector<std::byte>> gather(std::span<const std::byte> data,
+                                                           int root, Purpose purpose);
 
   /// Fixed-size exchange: block r of `send` (bytes_per_rank bytes) goes to rank r, block r of
   /// `recv` comes from rank r. Host memory, size() * bytes_per_rank bytes each. Collective.
-  virtual void all_to_all(const void* send, void* recv, std::size_t bytes_per_rank,
-                          Purpose purpose) = 0;
+  void all_to_all(const void* send, void* recv, std::size_t bytes_per_rank, Purpose purpose);
 
   /// Variable exchange: `send_bytes[r]` bytes, the blocks in rank order without gaps, go to rank r;
   /// `recv_bytes[r]` come from it. Sizes of any magnitude (no 2 GiB limit); zero is allowed.
-  /// Host memory. Collective. Throws CommError naming the peer when what it sends differs from
-  /// recv_bytes, Timeout naming the peers that did not come.
-  virtual void all_to_all_v(const void* send, std::span<const std::int64_t> send_bytes, void* recv,
-                            std::span<const std::int64_t> recv_bytes, Purpose purpose) = 0;
+  /// Host memory; send and recv do not overlap. Collective. Throws CommError naming the peer and
+  /// both sizes when what it sends differs from recv_bytes, Timeout naming the peers that did not
+  /// come.
+  void all_to_all_v(const void* send, std::span<const std::int64_t> send_bytes, void* recv,
+                    std::span<const std::int64_t> recv_bytes, Purpose purpose);
 
   /// Traffic of this process through this communicator since it was made. Local.
-  [[nodiscard]] virtual Traffic traffic(Purpose purpose) const = 0;
+  [[nodiscard]] Traffic traffic(Purpose purpose) const;
   /// The same over all purposes. Local.
   [[nodiscard]] Traffic traffic() const;
 
-  /// Longest wait for the peers of one call, in seconds. Local.
+  /// Longest wait of one collective in which nothing arrives from any peer, in seconds. Local.
   [[nodiscard]] virtual double timeout_seconds() const = 0;
 
  protected:
   Communicator() = default;
 
   enum class Element : std::uint8_t { f32, f64, i64 };
+
+  // What a backend does; the arguments were checked by the public functions above.
+  virtual std::shared_ptr<Communicator> do_split(int color, int key, const std::string& name) = 0;
+  virtual void do_barrier(Purpose purpose) = 0;
   virtual void do_all_reduce(void* data, std::size_t count, Element element, ReduceOp op,
                              Purpose purpose) = 0;
+  virtual void do_broadcast(void* data, std::size_t bytes, int root, Purpose purpose) = 0;
+  virtual std::vector<std::vector<std::byte>> do_gather(std::span<const std::byte> data, int root,
+                                                        Purpose purpose) = 0;
+  virtual void do_all_to_all(const void* send, void* recv, std::size_t bytes_per_rank,
+                             Purpose purpose) = 0;
+  virtual void do_all_to_all_v(const void* send, std::span<const std::int64_t> send_bytes,
+                               void* recv, std::span<const std::int64_t> recv_bytes,
+                               Purpose purpose) = 0;
+
+  /// The counter a backend adds to.
+  Traffic& counter(Purpose purpose) { return traffic_[static_cast<std::size_t>(purpose)]; }
+
+ private:
+  std::array<Traffic, static_cast<std::size_t>(Purpose::count_)> traffic_{};
 };
 
 /// One value from every rank, in rank order, on every rank. T is trivially copyable. Collective.

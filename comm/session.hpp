@@ -1,29 +1,39 @@
 #pragma once
 // Session: what one process of a job needs before anything else: MPI, its rank, its device.
 
+#include <functional>
 #include <memory>
-#include <string>
 
 #include "lshmoe/comm/communicator.hpp"
 
 namespace lshmoe {
 
 struct SessionOptions {
-  double timeout_seconds = 300.0;  ///< longest wait for the peers of one collective
+  double timeout_seconds = 300.0;  ///< see Communicator::timeout_seconds
 };
 
 /// Owns the process's part in the job. Make one, first thing in main, and let it live until the
-/// end.
+/// end:
 ///
-/// Under mpirun or Slurm (OMPI_*, PMIX_* or PMI_* in the environment) it initialises MPI at
-/// THREAD_SERIALIZED and finalises it; without them the world is this process alone ("self") and
-/// MPI is not touched. SLURM_NTASKS > 1 with a world of one throws CommError. If the destructor
-/// runs because an exception unwinds, it aborts the whole job (MPI_Abort): a Finalize would hang
-/// there. Nothing else in this library calls MPI_Init, MPI_Finalize or MPI_Abort.
+///     int main(int argc, char** argv) {
+///       lshmoe::Session session(argc, argv);
+///       return session.run([&] { return train(session); });
+///     }
+///
+/// Under mpirun or Slurm (OMPI_COMM_WORLD_SIZE, PMIX_RANK, PMI_RANK or PMI_SIZE in the environment)
+/// it initialises MPI at THREAD_SERIALIZED and finalises it; without them the world is this process
+/// alone ("self") and MPI is not touched. MPI that the program initialised itself is used, and left
+/// to the program to finalise. SLURM_NTASKS > 1 with a world of one that no mpirun asked for throws
+/// CommError: it would be that many separate trainings.
+/// Sets the process rank of error and log texts when the world has more than one rank.
 class Session {
  public:
   /// Collective over the job. argc and argv may be null/0; they are not changed.
   explicit Session(int argc = 0, char** argv = nullptr, SessionOptions options = {});
+  /// Waits, with the deadline, for the other ranks to end too, then finalises MPI. Aborts the job
+  /// (MPI_Abort) instead when an exception is unwinding through here, or a rank does not come: an
+  /// MPI_Finalize would hang then. The text of that exception is lost: catch it inside, as run
+  /// does.
   ~Session();
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
@@ -32,6 +42,10 @@ class Session {
   [[nodiscard]] std::shared_ptr<Communicator> world() const;
   /// Rank among the ranks of this host (the GPU to take), from 0. Local.
   [[nodiscard]] int local_rank() const;
+
+  /// The one catch a program's main needs: returns body(); if it throws, logs the error in one line
+  /// and ends all ranks with exit code 1. Alone (world of 1) it returns 1 instead. Local.
+  [[nodiscard]] int run(const std::function<int()>& body);
   /// Ends all ranks now with `exit_code` after the caller has logged why. Does not return. Local.
   [[noreturn]] void abort(int exit_code = 1);
 
