@@ -7,6 +7,7 @@
 #include <numeric>
 #include <utility>
 
+#include "lshmoe/compress/lsh_codec.hpp"
 #include "lshmoe/compress/raw_codec.hpp"
 #include "lshmoe/runtime/error.hpp"
 
@@ -104,7 +105,7 @@ std::shared_ptr<Codec> make_codec(const CodecOptions& options, const CodecContex
                       (dtype == at::kDouble && options.kind() == "none"),
                   "codec kind ", options.kind(), " does not take rows of dtype ", dtype,
                   ": use float32 or bfloat16 (none: float64 too)");
-  if (options.kind() == "lsh") throw NotConfigured("codec kind lsh is not in this build yet");
+  if (options.kind() == "lsh") return make_lsh_codec(options, context);
   return make_raw_codec(options, context);
 }
 

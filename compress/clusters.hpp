@@ -1,0 +1,38 @@
+#pragma once
+// Clusters of one group of rows: LSH buckets, moved to their nearest centroids, as many as pay.
+
+#include <cstdint>
+#include <vector>
+
+#include "lshmoe/compress/codec.hpp"
+
+namespace lshmoe {
+
+/// Clusters of n rows. Centroids are the fp32 means of their members, which are summed in row
+/// order.
+struct Clusters {
+  std::int64_t count = 0;
+  std::vector<std::int64_t> assignment;  ///< [n] 0 .. count-1, or -1
+  std::vector<float> centroids;          ///< [count, hidden]
+};
+
+/// One group, and what the search for clusters reads of it.
+struct ClusterInput {
+  std::int64_t rows = 0;
+  std::int64_t hidden = 0;
+  const float* x = nullptr;  ///< [rows, hidden]
+  const float* z = nullptr;  ///< [rows, projection], centred, scaled to about 1
+};
+
+/// All LSH buckets (refine = 0), or the max_clusters largest moved to nearest centroids: every row
+/// has a cluster. For restore=source.
+[[nodiscard]] Clusters bucket_clusters(const ClusterInput& input, const CodecOptions& options);
+
+/// As many clusters as pay, or none. squared_bound [rows]: the rows' bounds, squared, in units of
+/// |z|^2 (the energy of a row in Z standing for all of it). centroid_bits, per element: what a
+/// centroid costs. Rows may stay without a cluster.
+[[nodiscard]] Clusters paying_clusters(const ClusterInput& input, const CodecOptions& options,
+                                       const std::vector<float>& squared_bound,
+                                       double centroid_bits);
+
+}  // namespace lshmoe

@@ -1,0 +1,748 @@
+#include "lshmoe/compress/lsh_codec.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <utility>
+
+#include "lshmoe/compress/clusters.hpp"
+#include "lshmoe/compress/row_coder.hpp"
+#include "lshmoe/kernels/lsh.hpp"
+#include "lshmoe/kernels/rows.hpp"
+#include "lshmoe/runtime/error.hpp"
+
+namespace lshmoe {
+namespace {
+
+// Flags of a parcel of kind lsh_expert.
+constexpr std::uint8_t kAllWhole = 1;   // the body is the rows as they are
+constexpr std::uint8_t kHasMean = 2;    // the shared part has the group's mean
+constexpr std::uint8_t kHasOrder = 4;   // ... the channel order
+constexpr std::uint8_t kGroupStep = 8;  // ... one step (reference group); rows have fractions of it
+
+// bf16 rows cannot be rebuilt to less than about half a unit in their last place.
+constexpr double kLeastErrorBfloat16 = 0.004;
+// Relative errors of what rows are taken from; their own error does not add, so coarse is cheap.
+constexpr double kMeanError = 0.05;
+constexpr double kCentroidError = 0.1;
+
+std::size_t id_bytes(std::int64_t centroids) {
+  return centroids == 0 ? 0 : centroids < 256 ? 1 : 2;
+}
+int class_bits(std::int64_t bands) {
+  return static_cast<int>(std::bit_width(static_cast<std::uint64_t>(bands - 1)));
+}
+std::size_t order_bytes(std::int64_t hidden, std::int64_t bands) {
+  return static_cast<std::size_t>((hidden * class_bits(bands) + 7) / 8);
+}
+
+// The channel order: the channels of band 0 ascending, then those of band 1, ... What travels is
+// every channel's band.
+void write_order(std::uint8_t* out, const std::vector<std::int32_t>& order, std::int64_t bands) {
+  std::vector<std::uint32_t> band(order.size());
+  for (std::size_t i = 0; i < order.size(); ++i) {
+    band[static_cast<std::size_t>(order[i])] = static_cast<std::uint32_t>(i / kernels::kBandValues);
+  }
+  const int bits = class_bits(bands);
+  std::uint64_t word = 0;
+  int filled = 0;
+  for (const std::uint32_t value : band) {
+    word |= std::uint64_t{value} << filled;
+    for (filled += bits; filled >= 8; filled -= 8, word >>= 8)
+      *out++ = static_cast<std::uint8_t>(word);
+  }
+  if (filled > 0) *out = static_cast<std::uint8_t>(word);
+}
+
+std::vector<std::int32_t> read_order(const std::uint8_t* in, std::int64_t hidden,
+                                     std::int64_t bands) {
+  const int bits = class_bits(bands);
+  std::vector<std::int32_t> next(static_cast<std::size_t>(bands));
+  for (std::size_t band = 0; band < next.size(); ++band) {
+    next[band] = static_cast<std::int32_t>(band) * kernels::kBandValues;
+  }
+  std::vector<std::int32_t> order(static_cast<std::size_t>(hidden));
+  std::uint64_t word = 0;
+  int filled = 0;
+  for (std::int64_t channel = 0; channel < hidden; ++channel) {
+    for (; filled < bits; filled += 8) word |= std::uint64_t{*in++} << filled;
+    const std::uint64_t band = word & ((std::uint64_t{1} << bits) - 1);
+    word >>= bits;
+    filled -= bits;
+    LSHMOE_VALIDATE(band < static_cast<std::uint64_t>(bands),
+                    "decode: a channel's band does not exist (damaged parcel)");
+    const std::int64_t end = std::min<std::int64_t>(
+        hidden, (static_cast<std::int64_t>(band) + 1) * kernels::kBandValues);
+    LSHMOE_VALIDATE(next[band] < end, "decode: a band has too many channels (damaged parcel)");
+    order[static_cast<std::size_t>(next[band]++)] = static_cast<std::int32_t>(channel);
+  }
+  return order;
+}
+
+// Buffers of one encode call, kept from group to group.
+struct Workspace {
+  std::vector<float> x;             // [rows, hidden]
+  std::vector<float> z;             // [rows, projection]
+  std::vector<double> norm, bound;  // [rows]
+  std::vector<float> row;           // [hidden]
+};
+
+// Rows that the parcel holds apart from its own: [mean] + centroids, coded like rows.
+struct Base {
+  std::vector<float> mean;       // [hidden] decoded, natural order; empty: none
+  std::vector<float> centroids;  // [K, hidden] decoded, natural order, mean included
+  std::vector<std::uint8_t> mean_record, mean_payload;
+  std::vector<std::uint8_t> records, payloads;
+  [[nodiscard]] std::size_t bytes() const {
+    return mean_record.size() + mean_payload.size() + records.size() + payloads.size();
+  }
+};
+
+// Codes `row` (less `from`) to `relative` and appends record and payload; returns what decodes.
+std::vector<float> code_base_row(RowCoder<float>& coder, const float* row, const float* from,
+                                 const std::int32_t* order, double relative,
+                                 std::vector<std::uint8_t>& records,
+                                 std::vector<std::uint8_t>& payloads) {
+  const auto hidden = static_cast<std::size_t>(coder.layout().hidden);
+  std::vector<float> ordered(hidden), zeros(hidden, 0.0F), decoded(hidden);
+  for (std::size_t j = 0; j < hidden; ++j) {
+    const auto channel = order != nullptr ? static_cast<std::size_t>(order[j]) : j;
+    ordered[j] = row[channel] - (from != nullptr ? from[channel] : 0.0F);
+  }
+  const double norm = std::sqrt(kernels::squared_norm(ordered.data(), coder.layout().hidden));
+  const std::size_t record = records.size(), payload = payloads.size();
+  records.resize(record + coder.layout().record_bytes);
+  payloads.resize(payload + coder.max_payload());
+  double error = 0;
+  const std::size_t bytes =
+      coder.encode(records.data() + record, payloads.data() + payload, ordered.data(), zeros.data(),
+                   ordered.data(), relative * norm, norm, 0, &error);
+  coder.decode(decoded.data(), records.data() + record, payloads.data() + payload, bytes + 8,
+               zeros.data());
+  payloads.resize(payload + bytes);
+  std::vector<float> natural(hidden);
+  for (std::size_t j = 0; j < hidden; ++j) {
+    const auto channel = order != nullptr ? static_cast<std::size_t>(order[j]) : j;
+    natural[channel] = decoded[j] + (from != nullptr ? from[channel] : 0.0F);
+  }
+  return natural;
+}
+
+template <class T>
+class LshCodec final : public Codec {
+ public:
+  LshCodec(const CodecOptions& options, const CodecContext& context)
+      : Codec(options, context),
+        source_(options.restore() == "source"),
+        by_group_(options.error_reference().empty() ? context.direction == Direction::combine
+                                                    : options.error_reference() == "group"),
+        whole_(!source_ &&
+               (options.max_error() == 0 ||
+                (context.dtype == at::kBFloat16 && options.max_error() < kLeastErrorBfloat16))),
+        projection_(whole_ ? std::vector<float>()
+                           : projection_matrix(options, context.hidden_size, context.layer)) {}
+
+ private:
+  bool source_;
+  bool by_group_;
+  bool whole_;  // every row travels as it is
+  std::vector<float> projection_;
+
+  ParcelKind parcel_kind() const override {
+    return source_ ? ParcelKind::lsh_source : ParcelKind::lsh_expert;
+  }
+  [[nodiscard]] std::size_t whole_bytes() const {
+    return static_cast<std::size_t>(context().hidden_size) * sizeof(T);
+  }
+
+  // What the groups of one encode call add to.
+  struct Stream {
+    std::vector<std::uint8_t> bytes;
+    std::vector<std::int64_t> assignment;
+    std::vector<float> centroids;
+    std::int64_t centroid_count = 0;
+    double relative_sum = 0;
+  };
+
+  Encoded do_encode(const Source& source,
+                    const std::vector<int64_t>& rows_per_group) const override {
+    const int64_t hidden = context().hidden_size;
+    Encoded encoded;
+    Stream stream;
+    Workspace work;
+    int64_t first = 0;
+    for (const int64_t rows : rows_per_group) {
+      const std::size_t before = stream.bytes.size();
+      const std::int64_t centroids_before = stream.centroid_count;
+      if (rows > 0) {
+        load(source, first, rows, work);
+        if (source_) {
+          encode_centroids(rows, work, stream, encoded.stats);
+        } else {
+          encode_rows(rows, work, stream, encoded.stats);
+        }
+      }
+      encoded.bytes_per_group.push_back(static_cast<int64_t>(stream.bytes.size() - before));
+      encoded.centroids_per_group.push_back(stream.centroid_count - centroids_before);
+      first += rows;
+    }
+    encoded.bytes = at::empty({static_cast<int64_t>(stream.bytes.size())}, at::kByte);
+    if (!stream.bytes.empty()) {
+      std::memcpy(encoded.bytes.mutable_data_ptr(), stream.bytes.data(), stream.bytes.size());
+    }
+    encoded.assignment = at::empty({source.rows}, at::kLong);
+    std::copy(stream.assignment.begin(), stream.assignment.end(),
+              encoded.assignment.mutable_data_ptr<int64_t>());
+    encoded.centroids = at::empty({stream.centroid_count, hidden}, at::dtype(context().dtype));
+    kernels::convert(static_cast<T*>(encoded.centroids.mutable_data_ptr()), stream.centroids.data(),
+                     stream.centroid_count * hidden);
+    CodecStats& stats = encoded.stats;
+    stats.rows = source.rows;
+    stats.clusters = stream.centroid_count;
+    stats.raw_bytes = 2 * source.rows * hidden;
+    stats.sent_bytes = static_cast<int64_t>(stream.bytes.size());
+    if (source.rows > 0) {
+      stats.mean_relative_error = stream.relative_sum / static_cast<double>(source.rows);
+    }
+    return encoded;
+  }
+
+  // The group's rows as fp32 and their norms; refuses NaN and Inf.
+  void load(const Source& source, int64_t first, int64_t rows, Workspace& work) const {
+    const int64_t hidden = context().hidden_size;
+    work.x.resize(static_cast<std::size_t>(rows * hidden));
+    work.norm.resize(static_cast<std::size_t>(rows));
+    for (int64_t i = 0; i < rows; ++i) {
+      float* x = work.x.data() + i * hidden;
+      kernels::convert(x, static_cast<const T*>(source.data) + source.row(first + i) * hidden,
+                       hidden);
+      const double squared = kernels::squared_norm(x, hidden);
+      LSHMOE_VALIDATE(
+          std::isfinite(squared), "encode: row ", source.row(first + i), " holds NaN or Inf (",
+          name_of(context().direction), " of layer ", context().layer,
+          "; no error bound holds for it): find where it comes from, or use kind bf16 or "
+          "none, which pass it on");
+      work.norm[static_cast<std::size_t>(i)] = std::sqrt(squared);
+    }
+  }
+
+  // Z of the group's rows less their mean, scaled by a power of two to about 1. Returns the scale
+  // of energies: |x - mean|^2 is about that times |z|^2. 0: nothing to cluster.
+  double project(int64_t rows, const float* mean, Workspace& work) const {
+    const int64_t hidden = context().hidden_size;
+    const int64_t columns = options().projection();
+    work.z.resize(static_cast<std::size_t>(rows * columns));
+    kernels::multiply(work.z.data(), work.x.data(), projection_.data(), rows, hidden, columns);
+    std::vector<float> centre(static_cast<std::size_t>(columns));
+    kernels::multiply(centre.data(), mean, projection_.data(), 1, hidden, columns);
+    double energy = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      float* z = work.z.data() + i * columns;
+      for (int64_t j = 0; j < columns; ++j) z[j] -= centre[static_cast<std::size_t>(j)];
+      energy += kernels::squared_norm(z, columns);
+    }
+    const double rms = std::sqrt(energy / static_cast<double>(rows * columns));
+    if (!(rms > 1e-35) || !(rms < 1e35)) return 0;
+    const float scale = std::ldexp(1.0F, -std::ilogb(rms));
+    for (float& value : work.z) value *= scale;
+    double squared = 0;
+    for (const double norm : work.norm) squared += norm * norm;
+    const double centred =
+        squared - static_cast<double>(rows) * kernels::squared_norm(mean, hidden);
+    return centred > 0
+               ? centred / (energy * static_cast<double>(scale) * static_cast<double>(scale))
+               : 0;
+  }
+
+  // restore=source -------------------------------------------------------------------------------
+
+  void encode_centroids(int64_t rows, Workspace& work, Stream& stream, CodecStats& stats) const {
+    const int64_t hidden = context().hidden_size;
+    std::vector<float> mean(static_cast<std::size_t>(hidden));
+    group_mean(mean, rows, work);
+    static_cast<void>(project(rows, mean.data(), work));
+    Clusters clusters = bucket_clusters({rows, hidden, work.x.data(), work.z.data()}, options());
+    ParcelHeader header;
+    header.kind = parcel_kind();
+    header.dtype = context().dtype;
+    header.rows = static_cast<std::uint32_t>(clusters.count);
+    header.hidden_size = static_cast<std::uint32_t>(hidden);
+    header.body_bytes = static_cast<std::uint64_t>(clusters.count) * whole_bytes();
+    const std::size_t begin = stream.bytes.size();
+    stream.bytes.resize(begin + ParcelHeader::kBytes + header.body_bytes);
+    std::uint8_t* body = stream.bytes.data() + begin + ParcelHeader::kBytes;
+    for (std::size_t i = 0; i < clusters.centroids.size(); ++i) {
+      const T value = kernels::from_float<T>(clusters.centroids[i]);
+      std::memcpy(body + i * sizeof(T), &value, sizeof(T));
+      clusters.centroids[i] = kernels::to_float(value);
+    }
+    seal_parcel(header, {stream.bytes.data() + begin, ParcelHeader::kBytes + header.body_bytes});
+    for (int64_t i = 0; i < rows; ++i) {
+      const auto row = static_cast<std::size_t>(i);
+      const std::int64_t cluster = clusters.assignment[row];
+      const float* x = work.x.data() + i * hidden;
+      const float* c = clusters.centroids.data() + cluster * hidden;
+      double error = 0;
+      for (int64_t j = 0; j < hidden; ++j) {
+        const double difference = static_cast<double>(x[j]) - static_cast<double>(c[j]);
+        error += difference * difference;
+      }
+      add_error(std::sqrt(error), 0, work.norm[row], stream, stats);
+      stream.assignment.push_back(stream.centroid_count + cluster);
+    }
+    stream.centroids.insert(stream.centroids.end(), clusters.centroids.begin(),
+                            clusters.centroids.end());
+    stream.centroid_count += clusters.count;
+  }
+
+  // restore=expert -------------------------------------------------------------------------------
+
+  void encode_rows(int64_t rows, Workspace& work, Stream& stream, CodecStats& stats) const {
+    const int64_t hidden = context().hidden_size;
+    const auto n = static_cast<std::size_t>(rows);
+    if (whole_) {
+      append_whole(rows, work, stream, stats);
+      return;
+    }
+    work.bound.resize(n);
+    double squared = 0;
+    for (std::size_t i = 0; i < n; ++i) squared += work.norm[i] * work.norm[i];
+    const double group_bound = options().max_error() * std::sqrt(squared / static_cast<double>(n));
+    for (std::size_t i = 0; i < n; ++i) {
+      work.bound[i] = by_group_ ? group_bound : options().max_error() * work.norm[i];
+    }
+    // Twice the step that fits rows of evenly spread values: nearly all rows can use a fraction.
+    const double even_step = group_bound * std::sqrt(12.0 / static_cast<double>(hidden));
+    const double group_step = 2.5 * even_step;
+    StepCode steps;
+    bool grouped = false;
+    float step_on_wire = 0;
+    if (by_group_ && group_step >= 4 * static_cast<double>(kernels::kMinStep) &&
+        group_step <= static_cast<double>(kernels::kMaxStep)) {
+      grouped = true;
+      step_on_wire = kernels::step_value(kernels::step_code(static_cast<float>(group_step)));
+      steps = StepCode(step_on_wire);
+    }
+
+    RowCoder<float> base_coder(hidden, StepCode(), 0);
+    Plan plan = choose_plan(rows, steps, work, base_coder);
+
+    RowCoder<T> coder(hidden, steps, id_bytes(plan.clusters.count));
+    const RowLayout& layout = coder.layout();
+    const bool has_order = !plan.order.empty();
+    const auto shared_bytes =
+        (grouped ? 4 : 0) + (has_order ? order_bytes(hidden, layout.bands) : 0) + plan.base.bytes();
+    const std::size_t begin = stream.bytes.size();
+    const std::size_t directory = begin + ParcelHeader::kBytes + shared_bytes;
+    std::size_t payload = directory + n * layout.record_bytes;
+    stream.bytes.resize(payload);
+    std::uint8_t* shared = stream.bytes.data() + begin + ParcelHeader::kBytes;
+    if (grouped) {
+      std::memcpy(shared, &step_on_wire, 4);
+      shared += 4;
+    }
+    if (has_order) {
+      write_order(shared, plan.order, layout.bands);
+      shared += order_bytes(hidden, layout.bands);
+    }
+    const auto append = [&shared](const std::vector<std::uint8_t>& bytes) {
+      shared = std::copy(bytes.begin(), bytes.end(), shared);
+    };
+    append(plan.base.mean_record);
+    append(plan.base.records);
+    append(plan.base.mean_payload);
+    append(plan.base.payloads);
+
+    // Bases in coding order: 0 is what rows without a cluster are taken from.
+    const auto bases = ordered_bases(plan, hidden);
+    work.row.resize(static_cast<std::size_t>(hidden));
+    const std::int32_t* order = has_order ? plan.order.data() : nullptr;
+    const CodecStats stats_before = stats;
+    const double relative_before = stream.relative_sum;
+    for (int64_t i = 0; i < rows; ++i) {
+      const auto row = static_cast<std::size_t>(i);
+      const float* natural = work.x.data() + i * hidden;
+      const float* x = natural;
+      if (order != nullptr) {
+        for (int64_t j = 0; j < hidden; ++j)
+          work.row[static_cast<std::size_t>(j)] = natural[order[j]];
+        x = work.row.data();
+      }
+      const auto id = static_cast<std::uint32_t>(plan.clusters.assignment[row] + 1);
+      grow(stream.bytes, payload + coder.max_payload());
+      double error = 0;
+      std::uint8_t* record = stream.bytes.data() + directory + row * layout.record_bytes;
+      payload += coder.encode(record, stream.bytes.data() + payload, x,
+                              bases.data() + static_cast<std::int64_t>(id) * hidden, natural,
+                              work.bound[row], work.norm[row], id, &error);
+      stats.whole_rows += coder.is_whole(record) ? 1 : 0;
+      add_error(error, work.bound[row], work.norm[row], stream, stats);
+    }
+    stream.bytes.resize(payload);
+    if (payload - begin >= ParcelHeader::kBytes + n * whole_bytes()) {
+      // Nothing was saved: the rows as they are cost less.
+      stream.bytes.resize(begin);
+      stats = stats_before;
+      stream.relative_sum = relative_before;
+      append_whole(rows, work, stream, stats);
+      return;
+    }
+    ParcelHeader header;
+    header.kind = parcel_kind();
+    header.dtype = context().dtype;
+    header.flags =
+        static_cast<std::uint8_t>((plan.base.mean.empty() ? 0 : kHasMean) |
+                                  (has_order ? kHasOrder : 0) | (grouped ? kGroupStep : 0));
+    header.rows = static_cast<std::uint32_t>(rows);
+    header.hidden_size = static_cast<std::uint32_t>(hidden);
+    header.centroids = static_cast<std::uint32_t>(plan.clusters.count);
+    header.shared_bytes = static_cast<std::uint32_t>(shared_bytes);
+    header.body_bytes = payload - directory;
+    seal_parcel(header, {stream.bytes.data() + begin, payload - begin});
+
+    for (const std::int64_t cluster : plan.clusters.assignment) {
+      stream.assignment.push_back(cluster < 0 ? -1 : stream.centroid_count + cluster);
+    }
+    stream.centroids.insert(stream.centroids.end(), plan.base.centroids.begin(),
+                            plan.base.centroids.end());
+    stream.centroid_count += plan.clusters.count;
+  }
+
+  // How the rows of one group are coded: what pays, by measuring a sample of them.
+  struct Plan {
+    Clusters clusters;
+    Base base;
+    std::vector<std::int32_t> order;  // empty: the channels as they are
+  };
+
+  Plan choose_plan(int64_t rows, const StepCode& steps, Workspace& work,
+                   RowCoder<float>& base_coder) const {
+    const int64_t hidden = context().hidden_size;
+    const auto n = static_cast<std::size_t>(rows);
+    const std::int64_t bands = base_coder.layout().bands;
+    RowCoder<T> estimator(hidden, steps, 0);
+    const std::int64_t stride =
+        std::max<std::int64_t>(1, rows / std::clamp<std::int64_t>(rows / 8, 16, 64));
+    const double samples = static_cast<double>((rows + stride - 1) / stride);
+    const double order_cost = 8.0 * static_cast<double>(order_bytes(hidden, bands));
+
+    Plan best;
+    best.clusters.assignment.assign(n, -1);
+    double best_bits = 0;
+    bool first = true;
+    const auto consider = [&](Plan&& plan) {
+      const auto bases = natural_bases(plan, hidden);
+      std::vector<float> residual(static_cast<std::size_t>(hidden));
+      std::int64_t plain = 0, ordered = 0;
+      for (int64_t i = 0; i < rows; i += stride) {
+        const auto row = static_cast<std::size_t>(i);
+        const float* base = bases.data() + (plan.clusters.assignment[row] + 1) * hidden;
+        const float* x = work.x.data() + i * hidden;
+        for (int64_t j = 0; j < hidden; ++j) {
+          residual[static_cast<std::size_t>(j)] = x[j] - base[j];
+        }
+        std::int64_t bits_plain = 0, bits_ordered = 0;
+        estimator.estimate(residual.data(), work.bound[row],
+                           plan.order.empty() ? nullptr : plan.order.data(), &bits_plain,
+                           &bits_ordered);
+        plain += bits_plain;
+        ordered += bits_ordered;
+      }
+      const double scale = static_cast<double>(rows) / samples;
+      const double shared = 8.0 * (static_cast<double>(plan.base.bytes()) +
+                                   static_cast<double>(n * id_bytes(plan.clusters.count)));
+      const double bits_plain = scale * static_cast<double>(plain) + shared;
+      const double bits_ordered = scale * static_cast<double>(ordered) + shared + order_cost;
+      // Centroids are coded in the channel order: it stays with them.
+      const bool keep_order =
+          !plan.order.empty() && (plan.clusters.count > 0 || bits_ordered < bits_plain);
+      const double bits = keep_order ? bits_ordered : bits_plain;
+      if (first || bits < best_bits) {
+        if (!keep_order) plan.order.clear();
+        best = std::move(plan);
+        best_bits = bits;
+      }
+      first = false;
+    };
+
+    std::vector<float> mean(static_cast<std::size_t>(hidden));
+    const bool usable_mean = group_mean(mean, rows, work);
+    {
+      Plan plan;
+      plan.clusters.assignment.assign(n, -1);
+      plan.order = channel_order(rows, plan, work);
+      consider(std::move(plan));
+    }
+    Base with_mean;
+    if (usable_mean) {
+      with_mean.mean = code_base_row(base_coder, mean.data(), nullptr, nullptr, kMeanError,
+                                     with_mean.mean_record, with_mean.mean_payload);
+      Plan plan;
+      plan.clusters.assignment.assign(n, -1);
+      plan.base = with_mean;
+      plan.order = channel_order(rows, plan, work);
+      consider(std::move(plan));
+    }
+    if (!usable_mean || options().max_clusters() == 0) return best;
+    const double scale = project(rows, mean.data(), work);
+    if (scale <= 0) return best;
+    std::vector<float> squared_bound(n);
+    const double energy_per_z = scale;
+    for (std::size_t i = 0; i < n; ++i) {
+      squared_bound[i] = static_cast<float>(work.bound[i] * work.bound[i] / energy_per_z);
+    }
+    Plan plan;
+    plan.clusters = paying_clusters({rows, hidden, work.x.data(), work.z.data()}, options(),
+                                    squared_bound, /*centroid_bits=*/4.0);
+    if (plan.clusters.count == 0) return best;
+    // The order of the residuals from the means themselves; the coded centroids change it little.
+    plan.base = with_mean;
+    plan.base.centroids = plan.clusters.centroids;
+    plan.order = channel_order(rows, plan, work);
+    for (std::int64_t k = 0; k < plan.clusters.count; ++k) {
+      const auto decoded =
+          code_base_row(base_coder, plan.clusters.centroids.data() + k * hidden,
+                        plan.base.mean.data(), plan.order.empty() ? nullptr : plan.order.data(),
+                        kCentroidError, plan.base.records, plan.base.payloads);
+      std::copy(decoded.begin(), decoded.end(), plan.base.centroids.begin() + k * hidden);
+    }
+    consider(std::move(plan));
+    return best;
+  }
+
+  // mean [hidden] of the group; false when it left the range of fp32.
+  bool group_mean(std::vector<float>& mean, int64_t rows, const Workspace& work) const {
+    std::vector<std::int64_t> all(static_cast<std::size_t>(rows));
+    std::iota(all.begin(), all.end(), std::int64_t{0});
+    const std::int64_t offsets[2] = {0, rows};
+    kernels::segment_mean(mean.data(), work.x.data(), all.data(), offsets, 1,
+                          context().hidden_size);
+    return std::isfinite(kernels::squared_norm(mean.data(), context().hidden_size));
+  }
+
+  // [1 + K, hidden]: what a row without a cluster is taken from, then the centroids.
+  static std::vector<float> natural_bases(const Plan& plan, int64_t hidden) {
+    std::vector<float> bases(static_cast<std::size_t>(hidden), 0.0F);
+    if (!plan.base.mean.empty()) bases = plan.base.mean;
+    bases.insert(bases.end(), plan.base.centroids.begin(), plan.base.centroids.end());
+    return bases;
+  }
+  static std::vector<float> ordered_bases(const Plan& plan, int64_t hidden) {
+    std::vector<float> bases = natural_bases(plan, hidden);
+    if (plan.order.empty()) return bases;
+    std::vector<float> ordered(bases.size());
+    for (std::size_t from = 0; from < bases.size(); from += static_cast<std::size_t>(hidden)) {
+      for (std::size_t j = 0; j < static_cast<std::size_t>(hidden); ++j) {
+        ordered[from + j] = bases[from + static_cast<std::size_t>(plan.order[j])];
+      }
+    }
+    return ordered;
+  }
+
+  // Channels by falling energy of the residuals in units of the rows' bounds, cut into bands;
+  // within a band ascending. Empty when there is one band only.
+  std::vector<std::int32_t> channel_order(int64_t rows, const Plan& plan, Workspace& work) const {
+    const int64_t hidden = context().hidden_size;
+    if (hidden <= kernels::kBandValues) return {};
+    const auto bases = natural_bases(plan, hidden);
+    std::vector<float> energy(static_cast<std::size_t>(hidden), 0.0F);
+    const std::int64_t stride = std::max<std::int64_t>(1, rows / 256);
+    for (int64_t i = 0; i < rows; i += stride) {
+      const auto row = static_cast<std::size_t>(i);
+      if (!(work.bound[row] > 1e-30) || !(work.bound[row] < 1e30)) continue;
+      const auto scale = static_cast<float>(1 / work.bound[row]);
+      const float* x = work.x.data() + i * hidden;
+      const float* base = bases.data() + (plan.clusters.assignment[row] + 1) * hidden;
+      for (int64_t j = 0; j < hidden; ++j) {
+        const float value = (x[j] - base[j]) * scale;
+        energy[static_cast<std::size_t>(j)] += value * value;
+      }
+    }
+    std::vector<std::int32_t> order(static_cast<std::size_t>(hidden));
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
+      return energy[static_cast<std::size_t>(a)] > energy[static_cast<std::size_t>(b)];
+    });
+    for (std::size_t band = 0; band < order.size(); band += kernels::kBandValues) {
+      std::sort(order.begin() + static_cast<std::ptrdiff_t>(band),
+                order.begin() + static_cast<std::ptrdiff_t>(
+                                    std::min(order.size(), band + kernels::kBandValues)));
+    }
+    return order;
+  }
+
+  void append_whole(int64_t rows, const Workspace& work, Stream& stream, CodecStats& stats) const {
+    const int64_t hidden = context().hidden_size;
+    ParcelHeader header;
+    header.kind = parcel_kind();
+    header.dtype = context().dtype;
+    header.flags = kAllWhole;
+    header.rows = static_cast<std::uint32_t>(rows);
+    header.hidden_size = static_cast<std::uint32_t>(hidden);
+    header.body_bytes = static_cast<std::uint64_t>(rows) * whole_bytes();
+    const std::size_t begin = stream.bytes.size();
+    stream.bytes.resize(begin + ParcelHeader::kBytes + header.body_bytes);
+    std::uint8_t* body = stream.bytes.data() + begin + ParcelHeader::kBytes;
+    for (int64_t i = 0; i < rows * hidden; ++i) {
+      const T value = kernels::from_float<T>(work.x[static_cast<std::size_t>(i)]);
+      std::memcpy(body + static_cast<std::size_t>(i) * sizeof(T), &value, sizeof(T));
+    }
+    seal_parcel(header, {stream.bytes.data() + begin, stream.bytes.size() - begin});
+    stats.whole_rows += rows;
+    stream.assignment.insert(stream.assignment.end(), static_cast<std::size_t>(rows), -1);
+  }
+
+  static void add_error(double error, double bound, double norm, Stream& stream,
+                        CodecStats& stats) {
+    const double relative = norm > 0 ? error / norm : 0;
+    stream.relative_sum += relative;
+    stats.max_relative_error = std::max(stats.max_relative_error, relative);
+    if (bound > 0) stats.max_error_ratio = std::max(stats.max_error_ratio, error / bound);
+  }
+
+  static void grow(std::vector<std::uint8_t>& bytes, std::size_t size) {
+    if (bytes.size() < size) bytes.resize(std::max(size, bytes.size() + bytes.size() / 2));
+  }
+
+  // decode ---------------------------------------------------------------------------------------
+
+  void do_decode(const Parcel& parcel, const Sink& sink) const override {
+    const ParcelHeader& header = parcel.header;
+    const int64_t hidden = context().hidden_size;
+    const auto n = static_cast<std::size_t>(header.rows);
+    auto* out = static_cast<T*>(sink.data);
+    if (source_ || header.flags == kAllWhole) {
+      LSHMOE_VALIDATE((source_ ? header.flags == 0 : true) && header.centroids == 0 &&
+                          parcel.shared.empty() && parcel.body.size() == n * whole_bytes(),
+                      "decode: a parcel of ", n, " whole rows has ", parcel.body.size(),
+                      " bytes of them (damaged parcel)");
+      for (std::size_t i = 0; i < n; ++i) {
+        std::memcpy(out + sink.row(static_cast<int64_t>(i)) * hidden,
+                    parcel.body.data() + i * whole_bytes(), whole_bytes());
+      }
+      return;
+    }
+    LSHMOE_VALIDATE((header.flags & ~(kHasMean | kHasOrder | kGroupStep)) == 0,
+                    "decode: a parcel has unknown flags (damaged parcel)");
+    Shared shared = read_shared(parcel);
+    RowCoder<T> coder(hidden, shared.steps, id_bytes(header.centroids));
+    const RowLayout& layout = coder.layout();
+    LSHMOE_VALIDATE(n <= parcel.body.size() / layout.record_bytes, "decode: a parcel of ",
+                    parcel.body.size(), " bytes says it has ", n, " rows (damaged parcel)");
+    const std::uint8_t* record = parcel.body.data();
+    const std::uint8_t* payload = record + n * layout.record_bytes;
+    auto left = static_cast<std::size_t>(parcel.body.data() + parcel.body.size() - payload);
+    std::vector<T> ordered(static_cast<std::size_t>(hidden));
+    for (std::size_t i = 0; i < n; ++i, record += layout.record_bytes) {
+      const std::size_t bytes = coder.payload_bytes(record);
+      const std::uint32_t id = coder.id(record);
+      LSHMOE_VALIDATE(bytes <= left, "decode: row ", i, "'s payload of ", bytes,
+                      " bytes goes beyond its parcel (damaged parcel)");
+      LSHMOE_VALIDATE(id <= header.centroids, "decode: row ", i, " names centroid ", id, " of ",
+                      header.centroids, " (damaged parcel)");
+      T* to = out + sink.row(static_cast<int64_t>(i)) * hidden;
+      const float* base = shared.bases.data() + static_cast<std::int64_t>(id) * hidden;
+      if (shared.order.empty() || coder.is_whole(record)) {
+        coder.decode(to, record, payload, left, base);
+      } else {
+        coder.decode(ordered.data(), record, payload, left, base);
+        for (std::size_t j = 0; j < ordered.size(); ++j) to[shared.order[j]] = ordered[j];
+      }
+      payload += bytes;
+      left -= bytes;
+    }
+    LSHMOE_VALIDATE(left == 0, "decode: ", left,
+                    " bytes are left over after the last row (damaged parcel)");
+  }
+
+  struct Shared {
+    StepCode steps;
+    std::vector<std::int32_t> order;
+    std::vector<float> bases;  // [1 + K, hidden], coding order
+  };
+
+  [[nodiscard]] Shared read_shared(const Parcel& parcel) const {
+    const ParcelHeader& header = parcel.header;
+    const int64_t hidden = context().hidden_size;
+    RowCoder<float> coder(hidden, StepCode(), 0);
+    const RowLayout& layout = coder.layout();
+    Shared shared;
+    const std::uint8_t* at = parcel.shared.data();
+    std::size_t left = parcel.shared.size();
+    const auto need = [&left](std::size_t bytes) {
+      LSHMOE_VALIDATE(bytes <= left, "decode: the shared part of a parcel is ", bytes - left,
+                      " bytes short (damaged parcel)");
+      left -= bytes;
+    };
+    if ((header.flags & kGroupStep) != 0) {
+      need(4);
+      float step = 0;
+      std::memcpy(&step, at, 4);
+      at += 4;
+      LSHMOE_VALIDATE(step >= 4 * kernels::kMinStep && step <= kernels::kMaxStep,
+                      "decode: a parcel's step is out of range (damaged parcel)");
+      shared.steps = StepCode(step);
+    }
+    if ((header.flags & kHasOrder) != 0) {
+      LSHMOE_VALIDATE(layout.bands > 1,
+                      "decode: a channel order for one band of channels (damaged parcel)");
+      need(order_bytes(hidden, layout.bands));
+      shared.order = read_order(at, hidden, layout.bands);
+      at += order_bytes(hidden, layout.bands);
+    }
+    const std::size_t means = (header.flags & kHasMean) != 0 ? 1 : 0;
+    const std::size_t count = means + header.centroids;
+    LSHMOE_VALIDATE(header.centroids < 65536 && count <= left / layout.record_bytes,
+                    "decode: the shared part of a parcel is too short for ", header.centroids,
+                    " centroids (damaged parcel)");
+    need(count * layout.record_bytes);
+    const std::uint8_t* record = at;
+    const std::uint8_t* payload = at + count * layout.record_bytes;
+    const std::vector<float> zeros(static_cast<std::size_t>(hidden), 0.0F);
+    std::vector<float> row(static_cast<std::size_t>(hidden));
+    shared.bases.assign((1 + header.centroids) * static_cast<std::size_t>(hidden), 0.0F);
+    for (std::size_t i = 0; i < count; ++i, record += layout.record_bytes) {
+      const std::size_t bytes = coder.payload_bytes(record);
+      const std::size_t readable = left;
+      need(bytes);
+      coder.decode(row.data(), record, payload, readable, zeros.data());
+      payload += bytes;
+      float* base = shared.bases.data() + (i + 1 - means) * static_cast<std::size_t>(hidden);
+      if (i < means) {
+        // The mean has the channels' own order.
+        for (std::size_t j = 0; j < row.size(); ++j) {
+          base[j] = row[shared.order.empty() ? j : static_cast<std::size_t>(shared.order[j])];
+        }
+      } else {
+        // The mean is zeros where there is none.
+        for (std::size_t j = 0; j < row.size(); ++j) base[j] = row[j] + shared.bases[j];
+      }
+    }
+    LSHMOE_VALIDATE(left == 0, "decode: ", left,
+                    " bytes are left over in the shared part of a parcel (damaged parcel)");
+    return shared;
+  }
+};
+
+}  // namespace
+
+std::vector<float> projection_matrix(const CodecOptions& options, std::int64_t hidden_size,
+                                     std::int64_t layer) {
+  std::vector<float> matrix(static_cast<std::size_t>(hidden_size * options.projection()));
+  // Any injective mix does: the generator scrambles its seed.
+  const std::uint64_t seed = options.seed() * 0x9E3779B97F4A7C15u +
+                             static_cast<std::uint64_t>(layer) * 0xC2B2AE3D27D4EB4Fu;
+  kernels::random_orthonormal(matrix.data(), hidden_size, options.projection(), seed);
+  return matrix;
+}
+
+std::shared_ptr<Codec> make_lsh_codec(const CodecOptions& options, const CodecContext& context) {
+  if (context.dtype == at::kBFloat16) {
+    return std::make_shared<LshCodec<kernels::Bfloat16>>(options, context);
+  }
+  return std::make_shared<LshCodec<float>>(options, context);
+}
+
+}  // namespace lshmoe

@@ -1,0 +1,124 @@
+#include "lshmoe/kernels/quantize.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "lshmoe/kernels/bands.hpp"
+
+namespace lshmoe::kernels {
+namespace {
+constexpr int kLanes = 8;
+
+template <class Real>
+Real sum_lanes(const Real* lane) {
+  return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
+}
+}  // namespace
+
+double squared_norm(const float* x, std::int64_t count) {
+  double lane[kLanes] = {};
+  const std::int64_t full = count - count % kLanes;
+  for (std::int64_t i = 0; i < full; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) {
+      const auto value = static_cast<double>(x[i + j]);
+      lane[j] += value * value;
+    }
+  }
+  for (std::int64_t i = full; i < count; ++i) {
+    lane[i - full] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  }
+  return sum_lanes(lane);
+}
+
+float rounding_error(const float* r, std::int64_t count, float step) {
+  const float inverse = 1.0F / step;
+  float lane[2 * kLanes] = {};
+  const std::int64_t full = count - count % (2 * kLanes);
+  for (std::int64_t i = 0; i < full; i += 2 * kLanes) {
+    for (int j = 0; j < 2 * kLanes; ++j) {
+      const float scaled = r[i + j] * inverse;
+      const float error = scaled - std::nearbyintf(scaled);
+      lane[j] += error * error;
+    }
+  }
+  for (std::int64_t i = full; i < count; ++i) {
+    const float scaled = r[i] * inverse;
+    const float error = scaled - std::nearbyintf(scaled);
+    lane[i - full] += error * error;
+  }
+  return sum_lanes(lane) + sum_lanes(lane + kLanes);
+}
+
+bool quantize(std::int32_t* q, const float* r, std::int64_t count, float step) {
+  const float inverse = 1.0F / step;
+  std::int32_t beyond = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    // Clamped so that the cast is defined; the clamped ones are reported.
+    float scaled = std::nearbyintf(r[i] * inverse);
+    scaled = std::min(std::max(scaled, -40000.0F), 40000.0F);
+    q[i] = static_cast<std::int32_t>(scaled);
+    beyond |= static_cast<std::int32_t>(q[i] > kMaxQuantised) |
+              static_cast<std::int32_t>(q[i] < -kMaxQuantised);
+  }
+  return beyond == 0;
+}
+
+template <class T>
+double reconstruction_error(const float* x, const float* base, const std::int32_t* q,
+                            std::int64_t count, float step) {
+  double lane[kLanes] = {};
+  const std::int64_t full = count - count % kLanes;
+  for (std::int64_t i = 0; i < full; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) {
+      const float value = to_float(reconstruct<T>(base[i + j], q[i + j], step));
+      const double error = static_cast<double>(x[i + j]) - static_cast<double>(value);
+      lane[j] += error * error;
+    }
+  }
+  for (std::int64_t i = full; i < count; ++i) {
+    const float value = to_float(reconstruct<T>(base[i], q[i], step));
+    const double error = static_cast<double>(x[i]) - static_cast<double>(value);
+    lane[i - full] += error * error;
+  }
+  return sum_lanes(lane);
+}
+template double reconstruction_error<float>(const float*, const float*, const std::int32_t*,
+                                            std::int64_t, float);
+template double reconstruction_error<Bfloat16>(const float*, const float*, const std::int32_t*,
+                                               std::int64_t, float);
+
+float search_step(const float* r, std::int64_t count, double bound) {
+  const auto usable = [](double step) {
+    return static_cast<float>(
+        std::clamp(step, static_cast<double>(kMinStep), static_cast<double>(kMaxStep)));
+  };
+  double step = bound * std::sqrt(12.0 / static_cast<double>(count));
+  double best = 0;
+  double below = 0, above = 0;  // tightest steps known to keep and to break the bound
+  for (int attempt = 0; attempt < 6; ++attempt) {
+    const float tried = step_value(step_code(usable(step)));
+    const double error = std::sqrt(static_cast<double>(rounding_error(r, count, tried))) *
+                         static_cast<double>(tried);
+    if (error <= bound) {
+      best = std::max(best, static_cast<double>(tried));
+      below = best;
+      if (error >= 0.99 * bound || tried >= kMaxStep) break;
+    } else {
+      above = above == 0 ? static_cast<double>(tried) : std::min(above, static_cast<double>(tried));
+      if (tried <= kMinStep) break;
+    }
+    double next =
+        error > 0 ? static_cast<double>(tried) * bound / error : 4 * static_cast<double>(tried);
+    if (error > bound) next *= 0.998;
+    next = std::min(next, 4 * static_cast<double>(tried));
+    if (above > 0 && next >= above) next = below > 0 ? 0.5 * (below + above) : 0.97 * above;
+    if (next <= below) {
+      if (above > 0 && above < 1.01 * below) break;
+      next = above > 0 ? 0.5 * (below + above) : 1.05 * below;
+    }
+    step = next;
+  }
+  return best > 0 ? usable(best) : usable(0.5 * step);
+}
+
+}  // namespace lshmoe::kernels

@@ -1,0 +1,68 @@
+#pragma once
+// Cross-polytope hashing and clustering. Host pointers, row-major, nothing kept after the call.
+// Every sum has a fixed order that does not depend on the number of rows or threads.
+
+#include <cmath>
+#include <cstdint>
+
+#include "lshmoe/kernels/host_device.hpp"
+
+namespace lshmoe::kernels {
+
+/// Vertex of {+-e_0 .. +-e_(m-1)} nearest to z [m]: 2 i for +e_i, 2 i + 1 for -e_i; the first on
+/// ties. (LSH-MoE, section 3.2; the published formula drops the sign, which is kept here.)
+LSHMOE_HOST_DEVICE inline std::uint32_t cross_polytope_vertex(const float* z, int m) {
+  int best = 0;
+  float best_abs = -1.0F;
+  for (int i = 0; i < m; ++i) {
+    const float size = z[i] < 0 ? -z[i] : z[i];
+    if (size > best_abs) {
+      best_abs = size;
+      best = i;
+    }
+  }
+  return static_cast<std::uint32_t>(2 * best + (z[best] < 0 ? 1 : 0));
+}
+
+/// The vertices of `hashes` hashes, each over its own m columns of z, as one number.
+/// (2 m)^hashes must fit 64 bits.
+LSHMOE_HOST_DEVICE inline std::uint64_t bucket_key(const float* z, int hashes, int m) {
+  std::uint64_t key = 0;
+  for (int h = 0; h < hashes; ++h) {
+    key = key * static_cast<std::uint64_t>(2 * m) + cross_polytope_vertex(z + h * m, m);
+  }
+  return key;
+}
+
+/// R [rows, columns] with orthonormal columns (each run of `rows` columns, when there are more
+/// columns than rows), random from `seed`. Only +, -, *, / and sqrt of doubles: the same bits on
+/// every machine.
+void random_orthonormal(float* out, std::int64_t rows, std::int64_t columns, std::uint64_t seed);
+
+/// out [rows, columns] = x [rows, inner] matrix [inner, columns]; each element one running fp32
+/// sum.
+void multiply(float* out, const float* x, const float* matrix, std::int64_t rows,
+              std::int64_t inner, std::int64_t columns);
+
+/// keys [rows] of z [rows, stride].
+void bucket_keys(std::uint64_t* keys, const float* z, std::int64_t rows, std::int64_t stride,
+                 int hashes, int m);
+
+/// Stable grouping: order [rows] lists the rows by ascending key, equal keys in row order;
+/// offsets [groups + 1] (room for rows + 1) bounds the groups. Returns the number of groups.
+std::int64_t group_by_key(std::int64_t* order, std::int64_t* offsets, const std::uint64_t* keys,
+                          std::int64_t rows);
+
+/// out [segments, columns]: mean of the rows order[offsets[s] .. offsets[s + 1]) of x [., columns],
+/// summed in that order in fp32. An empty segment gives zeros.
+void segment_mean(float* out, const float* x, const std::int64_t* order,
+                  const std::int64_t* offsets, std::int64_t segments, std::int64_t columns);
+
+/// nearest [rows]: the centroid of least |z - c|^2, the first on ties, out of c [centroids,
+/// columns]; with `or_none`, -1 where the origin is as near or nearer. distance, when not null,
+/// [rows]: that |z - c|^2 (not below 0). scratch: (columns + rows) * centroids + centroids floats.
+void nearest_centroid(std::int64_t* nearest, float* distance, float* scratch, const float* z,
+                      const float* centroids, std::int64_t rows, std::int64_t count,
+                      std::int64_t columns, bool or_none);
+
+}  // namespace lshmoe::kernels
