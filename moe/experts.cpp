@@ -3,6 +3,7 @@
 #include <ATen/record_function.h>
 
 #include <numeric>
+#include <optional>
 
 #include "lshmoe/moe/random.hpp"
 #include "lshmoe/runtime/error.hpp"
@@ -85,13 +86,14 @@ at::Tensor grouped_linear_db(const at::Tensor& grad, const std::vector<int64_t>&
 /// and blocks written in place, where plain autograd would slice, pad and concatenate.
 class GroupedFfn : public torch::autograd::Function<GroupedFfn> {
  public:
-  /// b1, b2: undefined for swiglu; w3: undefined but for swiglu.
+  /// b1, b2: none for swiglu; w3: none but for swiglu. (Function takes no undefined tensors.)
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& w1,
-                            const at::Tensor& b1, const at::Tensor& w2, const at::Tensor& b2,
-                            const at::Tensor& w3, std::vector<int64_t> rows_per_expert,
-                            int64_t activation) {
+                            const std::optional<at::Tensor>& b1, const at::Tensor& w2,
+                            const std::optional<at::Tensor>& b2,
+                            const std::optional<at::Tensor>& w3,
+                            std::vector<int64_t> rows_per_expert, int64_t activation) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const at::Tensor pre = grouped_linear(x, w1, b1, rows_per_expert);
+    const at::Tensor pre = grouped_linear(x, w1, b1.value_or(at::Tensor()), rows_per_expert);
     at::Tensor gate, hidden;
     switch (static_cast<Activation>(activation)) {
       case Activation::relu:
@@ -101,12 +103,12 @@ class GroupedFfn : public torch::autograd::Function<GroupedFfn> {
         hidden = at::gelu(pre);
         break;
       case Activation::swiglu:
-        gate = grouped_linear(x, w3, {}, rows_per_expert);
+        gate = grouped_linear(x, *w3, {}, rows_per_expert);
         hidden = at::silu(pre).mul_(gate);
         break;
     }
-    at::Tensor y = grouped_linear(hidden, w2, b2, rows_per_expert);
-    ctx->save_for_backward({x, w1, w2, w3, pre, gate, hidden});
+    at::Tensor y = grouped_linear(hidden, w2, b2.value_or(at::Tensor()), rows_per_expert);
+    ctx->save_for_backward({x, w1, w2, w3.value_or(at::Tensor()), pre, gate, hidden});
     ctx->saved_data["rows_per_expert"] = std::move(rows_per_expert);
     ctx->saved_data["activation"] = activation;
     return y;
@@ -196,11 +198,12 @@ at::Tensor ExpertsImpl::forward(const at::Tensor& rows,
   LSHMOE_VALIDATE(rows.dim() == 2 && rows.size(0) == sum && rows.size(1) == options.hidden_size(),
                   "the experts' input is ", rows.sizes(), " (must be [", sum, ", ",
                   options.hidden_size(), "], the sum of rows_per_expert by hidden_size)");
-  const auto cast = [&](const at::Tensor& parameter) {
-    return parameter.defined() ? parameter.to(rows.scalar_type()) : parameter;
+  const auto cast = [&](const at::Tensor& parameter) { return parameter.to(rows.scalar_type()); };
+  const auto cast_if = [&](const at::Tensor& parameter) {
+    return parameter.defined() ? std::optional(cast(parameter)) : std::nullopt;
   };
-  return GroupedFfn::apply(rows.contiguous(), cast(w1), cast(b1), cast(w2), cast(b2), cast(w3),
-                           rows_per_expert,
+  return GroupedFfn::apply(rows.contiguous(), cast(w1), cast_if(b1), cast(w2), cast_if(b2),
+                           cast_if(w3), rows_per_expert,
                            static_cast<int64_t>(activation_named(options.activation())));
 }
 
