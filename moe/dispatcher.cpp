@@ -1,0 +1,99 @@
+#include "lshmoe/moe/dispatcher.hpp"
+
+#include "lshmoe/moe/exchange.hpp"
+#include "lshmoe/moe/ops/ops.hpp"
+#include "lshmoe/moe/source.hpp"
+#include "lshmoe/runtime/error.hpp"
+
+namespace lshmoe {
+
+DispatcherOptions& DispatcherOptions::codec(const CodecOptions& c) {
+  const bool source = c.kind() == "lsh" && c.restore() == "source";
+  for (CodecOptions& exchange : codecs_) exchange = source ? CodecOptions().kind("none") : c;
+  return codec_dispatch(c);
+}
+DispatcherOptions& DispatcherOptions::codec_dispatch(const CodecOptions& c) {
+  codecs_[static_cast<int>(Direction::dispatch)] = c;
+  return *this;
+}
+DispatcherOptions& DispatcherOptions::codec_combine(const CodecOptions& c) {
+  codecs_[static_cast<int>(Direction::combine)] = c;
+  return *this;
+}
+DispatcherOptions& DispatcherOptions::codec_backward(const CodecOptions& c) {
+  codecs_[static_cast<int>(Direction::combine_backward)] = c;
+  codecs_[static_cast<int>(Direction::dispatch_backward)] = c;
+  return *this;
+}
+const CodecOptions& DispatcherOptions::codec(Direction direction) const {
+  return codecs_[static_cast<int>(direction)];
+}
+
+void validate(const DispatcherOptions& o, int ep_size) {
+  LSHMOE_VALIDATE(o.hidden_size() >= 1 && o.hidden_size() <= 1 << 24, "hidden_size is ",
+                  o.hidden_size(), " (must be 1 to 2^24)");
+  LSHMOE_VALIDATE(o.num_experts() >= 1 && o.num_experts() <= 1 << 24, "num_experts is ",
+                  o.num_experts(), " (must be 1 to 2^24)");
+  LSHMOE_VALIDATE(ep_size >= 1 && o.num_experts() % ep_size == 0, "num_experts ", o.num_experts(),
+                  " is not divisible by ep_size ", ep_size,
+                  " (each rank holds the same number of experts): change one of them");
+  LSHMOE_VALIDATE(o.alignment() >= 1 && o.alignment() <= 1 << 20, "alignment is ", o.alignment(),
+                  " (must be 1 to 2^20)");
+  LSHMOE_VALIDATE(o.layer() >= 0 && o.layer() < int64_t{1} << 31, "layer is ", o.layer(),
+                  " (must be 0 or positive)");
+  const auto source = [&](Direction direction) {
+    return o.codec(direction).kind() == "lsh" && o.codec(direction).restore() == "source";
+  };
+  for (const Direction direction : {Direction::dispatch, Direction::combine,
+                                    Direction::combine_backward, Direction::dispatch_backward}) {
+    validate(o.codec(direction));
+    LSHMOE_VALIDATE(direction == Direction::dispatch || !source(direction),
+                    "restore=source is set for ", name_of(direction),
+                    " (only the dispatch sends centroids in place of tokens): use restore=expert "
+                    "there, or kind none");
+  }
+}
+
+struct Dispatcher::Impl {
+  std::shared_ptr<ExchangeContext> context;
+};
+
+Dispatcher::Dispatcher(DispatcherOptions options, const ExpertGroups& groups)
+    : impl_(std::make_shared<Impl>()) {
+  impl_->context = std::make_shared<ExchangeContext>(std::move(options), groups.expert);
+}
+Dispatcher::~Dispatcher() = default;
+
+Dispatched Dispatcher::dispatch(const at::Tensor& x, const at::Tensor& topk_ids,
+                                const at::Tensor& topk_weights) const {
+  const auto exchange = c10::make_intrusive<Exchange>(impl_->context);
+  if (impl_->context->restores_at_source())
+    return dispatch_centroids(x, topk_ids, topk_weights, exchange);
+  Dispatched d;
+  at::Tensor tokens_per_expert;
+  std::tie(d.rows, d.row_weights, tokens_per_expert, d.plan) =
+      ops::dispatch(x, topk_weights, topk_ids, exchange);
+  const auto to_vector = [](const at::Tensor& t) {
+    return std::vector<int64_t>(t.const_data_ptr<int64_t>(),
+                                t.const_data_ptr<int64_t>() + t.numel());
+  };
+  d.tokens_per_expert = to_vector(tokens_per_expert);
+  d.rows_per_expert = to_vector(d.plan.back());
+  d.stats = exchange->stats;
+  return d;
+}
+
+at::Tensor Dispatcher::combine(const at::Tensor& expert_output, const Dispatched& d) const {
+  LSHMOE_VALIDATE(d.stats != nullptr, "combine needs what dispatch of this Dispatcher returned");
+  const auto exchange = c10::make_intrusive<Exchange>(impl_->context, d.stats);
+  if (impl_->context->restores_at_source()) return combine_centroids(expert_output, d, exchange);
+  return ops::combine(expert_output, d.row_weights, d.plan, exchange);
+}
+
+const DispatcherOptions& Dispatcher::options() const { return impl_->context->options; }
+int64_t Dispatcher::num_local_experts() const { return impl_->context->num_local_experts(); }
+int64_t Dispatcher::first_local_expert() const {
+  return num_local_experts() * impl_->context->comm->rank();
+}
+
+}  // namespace lshmoe

@@ -1,0 +1,350 @@
+#include "lshmoe/moe/exchange.hpp"
+
+#include <ATen/record_function.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <numeric>
+
+#include "lshmoe/kernels/rows.hpp"
+#include "lshmoe/runtime/error.hpp"
+
+namespace lshmoe {
+namespace {
+
+/// First part of what every rank tells every other before an exchange; behind it {rows, parcel
+/// bytes} of each group. Trivially copyable: it travels as it lies in memory.
+struct CallHeader {
+  std::uint8_t version = 1;
+  std::uint8_t direction = 0;
+  std::uint8_t dtype = 0;
+  std::uint8_t requires_grad = 0;
+  std::int32_t layer = 0;
+  std::int32_t hidden_size = 0;
+  std::int32_t num_experts = 0;
+  std::int32_t top_k = 0;
+  std::int32_t groups = 0;
+  std::int64_t assignments = 0;
+  std::int64_t attachment_bytes = 0;
+};
+static_assert(sizeof(CallHeader) == 40 && std::is_trivially_copyable_v<CallHeader>);
+
+struct GroupHeader {
+  std::int64_t rows = 0;
+  std::int64_t parcel_bytes = 0;
+};
+
+/// No exchange comes near this many bytes or rows; a number above it is damage.
+constexpr std::int64_t kMostBytes = std::int64_t{1} << 44;
+
+Purpose purpose_of(Direction direction) {
+  switch (direction) {
+    case Direction::dispatch:
+      return Purpose::dispatch;
+    case Direction::combine:
+      return Purpose::combine;
+    case Direction::combine_backward:
+      return Purpose::combine_backward;
+    case Direction::dispatch_backward:
+      return Purpose::dispatch_backward;
+  }
+  throw InvalidArgument("a direction that is none of the four");
+}
+
+std::int64_t total(const std::vector<int64_t>& values) {
+  return std::accumulate(values.begin(), values.end(), std::int64_t{0});
+}
+
+/// Adds the seconds of its life to a number.
+class Stopwatch {
+ public:
+  explicit Stopwatch(double& seconds) : seconds_(seconds) {}
+  Stopwatch(const Stopwatch&) = delete;
+  Stopwatch& operator=(const Stopwatch&) = delete;
+  ~Stopwatch() {
+    seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
+
+ private:
+  double& seconds_;
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+/// At least `bytes` bytes of uninitialised memory in `buffer`.
+std::byte* reserve(at::Tensor& buffer, std::int64_t bytes) {
+  if (!buffer.defined() || buffer.numel() < bytes) buffer = at::empty({bytes}, at::kByte);
+  return static_cast<std::byte*>(buffer.mutable_data_ptr());
+}
+
+void check_call(const CallHeader& mine, const CallHeader& theirs, const std::string& peer) {
+  const auto check = [&](const char* what, auto here, auto there) {
+    if (here == there) return;
+    throw CommError(detail::message(
+        peer, " disagrees about the ", what, " of an exchange (", there, " there, ", here,
+        " here): run the same model, options and sequence of layers on every rank"));
+  };
+  const auto direction = [](std::uint8_t d) {
+    return d < 4 ? std::string(name_of(static_cast<Direction>(d))) : "damaged";
+  };
+  check("format", +mine.version, +theirs.version);
+  check("direction", direction(mine.direction), direction(theirs.direction));
+  check("layer", mine.layer, theirs.layer);
+  check("row dtype", +mine.dtype, +theirs.dtype);
+  check("hidden_size", mine.hidden_size, theirs.hidden_size);
+  check("num_experts", mine.num_experts, theirs.num_experts);
+  check("top_k", mine.top_k, theirs.top_k);
+  check("groups per rank (restore)", mine.groups, theirs.groups);
+  check("gradient (1 = a backward will follow)", +mine.requires_grad, +theirs.requires_grad);
+}
+
+}  // namespace
+
+ExchangeContext::ExchangeContext(DispatcherOptions o, std::shared_ptr<Communicator> communicator)
+    : options(std::move(o)), comm(std::move(communicator)) {
+  LSHMOE_VALIDATE(comm != nullptr, "the expert group is null: make it by make_expert_groups()");
+  validate(options, comm->size());
+}
+
+const Codec& ExchangeContext::codec(Direction direction, at::ScalarType dtype) {
+  const std::lock_guard lock(mutex_);
+  auto& codec = codecs_[{direction, dtype}];
+  if (codec == nullptr) {
+    codec = make_codec(options.codec(direction),
+                       CodecContext{options.hidden_size(), options.layer(), direction, dtype});
+  }
+  return *codec;
+}
+
+bool ExchangeContext::restores_at_source() const {
+  const CodecOptions& c = options.codec(Direction::dispatch);
+  return c.kind() == "lsh" && c.restore() == "source";
+}
+
+std::string ExchangeContext::name_of_rank(int64_t rank) const {
+  return "rank " + std::to_string(comm->world_rank(static_cast<int>(rank)));
+}
+
+Exchange::Exchange(std::shared_ptr<ExchangeContext> context,
+                   std::shared_ptr<ExchangeStats> forward_stats)
+    : stats(forward_stats ? std::move(forward_stats) : std::make_shared<ExchangeStats>()),
+      context_(std::move(context)) {}
+
+RowsIn Exchange::swap(const RowsOut& out) {
+  ExchangeContext& c = *context_;
+  Communicator& comm = *c.comm;
+  const int64_t ranks = c.ranks(), own = comm.rank(), hidden = c.options.hidden_size();
+  const auto groups = static_cast<int64_t>(out.rows_per_group.size()) / ranks;
+  LSHMOE_ASSERT(groups >= 1 && groups * ranks == static_cast<int64_t>(out.rows_per_group.size()));
+  DirectionStats& s = (*stats)[out.direction];
+  const auto group_range = [&](int64_t rank) {
+    return std::pair(rank * groups, (rank + 1) * groups);
+  };
+
+  // Rows that stay on this rank do not pass the codec.
+  RowsIn in;
+  in.direction = out.direction;
+  std::vector<int64_t> coded = out.rows_per_group;
+  at::Tensor coded_index = out.index;
+  if (!c.options.codec_on_self()) {
+    const auto [first_group, last_group] = group_range(own);
+    const auto begin = coded.begin();
+    const int64_t before = std::accumulate(begin, begin + first_group, int64_t{0});
+    const int64_t stay = std::accumulate(begin + first_group, begin + last_group, int64_t{0});
+    std::fill(begin + first_group, begin + last_group, 0);
+    const at::Tensor index =
+        out.index.defined() ? out.index : at::arange(total(out.rows_per_group), at::kLong);
+    in.own_rows = out.rows;
+    in.own_index = index.narrow(0, before, stay);
+    const int64_t after = index.size(0) - before - stay;
+    coded_index =
+        before == 0  ? index.narrow(0, stay, after)
+        : after == 0 ? index.narrow(0, 0, before)
+                     : at::cat({index.narrow(0, 0, before), index.narrow(0, before + stay, after)});
+  }
+
+  Encoded made;
+  const Encoded* encoded = out.encoded;
+  if (encoded == nullptr) {
+    RECORD_FUNCTION("lshmoe::encode", std::vector<c10::IValue>{});
+    const Stopwatch watch(s.codec_seconds);
+    made = c.codec(out.direction, out.rows.scalar_type()).encode(out.rows, coded_index, coded);
+    encoded = &made;
+  }
+  s.rows += encoded->stats.rows;
+  s.clusters += encoded->stats.clusters;
+  s.whole_rows += encoded->stats.whole_rows;
+  s.max_relative_error = std::max(s.max_relative_error, encoded->stats.max_relative_error);
+  s.max_error_ratio = std::max(s.max_error_ratio, encoded->stats.max_error_ratio);
+  s.bytes_raw += 2 * hidden * out.raw_rows;
+
+  // Sizes, and whether all ranks are in the same call.
+  CallHeader mine;
+  mine.direction = static_cast<std::uint8_t>(out.direction);
+  mine.dtype = static_cast<std::uint8_t>(out.rows.scalar_type());
+  mine.requires_grad = requires_grad ? 1 : 0;
+  mine.layer = static_cast<std::int32_t>(c.options.layer());
+  mine.hidden_size = static_cast<std::int32_t>(hidden);
+  mine.num_experts = static_cast<std::int32_t>(c.options.num_experts());
+  mine.top_k = static_cast<std::int32_t>(out.top_k);
+  mine.groups = static_cast<std::int32_t>(groups);
+  const std::size_t header_bytes =
+      sizeof(CallHeader) + static_cast<std::size_t>(groups) * sizeof(GroupHeader);
+  std::vector<std::byte> headers(header_bytes * static_cast<std::size_t>(ranks));
+  std::vector<int64_t> send_bytes(static_cast<std::size_t>(ranks));
+  for (int64_t r = 0; r < ranks; ++r) {
+    const auto i = static_cast<std::size_t>(r);
+    CallHeader header = mine;
+    header.assignments = out.assignments.empty() ? 0 : out.assignments[i];
+    header.attachment_bytes = out.attachment_bytes.empty() ? 0 : out.attachment_bytes[i];
+    int64_t parcels = 0;
+    std::byte* to = headers.data() + i * header_bytes;
+    std::memcpy(to, &header, sizeof header);
+    to += sizeof header;
+    const auto [first_group, last_group] = group_range(r);
+    for (int64_t g = first_group; g < last_group; ++g, to += sizeof(GroupHeader)) {
+      const auto j = static_cast<std::size_t>(g);
+      const GroupHeader group{out.rows_per_group[j], encoded->bytes_per_group[j]};
+      std::memcpy(to, &group, sizeof group);
+      parcels += group.parcel_bytes;
+    }
+    send_bytes[i] = header.attachment_bytes + parcels;
+    if (r != own) {
+      s.codec_bytes += parcels;
+      s.plan_bytes += header.attachment_bytes + static_cast<int64_t>(header_bytes);
+    }
+  }
+  std::vector<std::byte> peers;
+  if (ranks > 1) {
+    RECORD_FUNCTION("lshmoe::all_to_all", std::vector<c10::IValue>{});
+    const Stopwatch watch(s.exchange_seconds);
+    peers.resize(headers.size());
+    comm.all_to_all(headers.data(), peers.data(), header_bytes, Purpose::plan);
+  } else {
+    peers = headers;
+  }
+
+  in.rows_per_group.resize(out.rows_per_group.size());
+  in.parcel_bytes.resize(out.rows_per_group.size());
+  in.assignments.resize(static_cast<std::size_t>(ranks));
+  in.parcel_begin.resize(static_cast<std::size_t>(ranks));
+  std::vector<int64_t> attachment_bytes(static_cast<std::size_t>(ranks));
+  std::vector<int64_t> receive_bytes(static_cast<std::size_t>(ranks));
+  int64_t received = 0;
+  for (int64_t r = 0; r < ranks; ++r) {
+    const auto i = static_cast<std::size_t>(r);
+    CallHeader header;
+    const std::byte* from = peers.data() + i * header_bytes;
+    std::memcpy(&header, from, sizeof header);
+    from += sizeof header;
+    check_call(mine, header, c.name_of_rank(r));
+    const auto plausible = [&](const char* what, int64_t value) {
+      if (value >= 0 && value <= kMostBytes) return;
+      throw CommError(detail::message(c.name_of_rank(r), " announces ", value, " ", what,
+                                      " (no such exchange exists): its bytes are damaged"));
+    };
+    plausible("assignments", header.assignments);
+    plausible("bytes of plan", header.attachment_bytes);
+    in.assignments[i] = header.assignments;
+    attachment_bytes[i] = header.attachment_bytes;
+    receive_bytes[i] = header.attachment_bytes;
+    in.parcel_begin[i] = received + header.attachment_bytes;
+    const auto [first_group, last_group] = group_range(r);
+    for (int64_t g = first_group; g < last_group; ++g, from += sizeof(GroupHeader)) {
+      const auto j = static_cast<std::size_t>(g);
+      GroupHeader group;
+      std::memcpy(&group, from, sizeof group);
+      plausible("rows", group.rows);
+      plausible("bytes of rows", group.parcel_bytes);
+      if (!out.expected_rows.empty() && group.rows != out.expected_rows[j]) {
+        throw CommError(detail::message(
+            c.name_of_rank(r), " sends ", group.rows, " rows in ", name_of(out.direction),
+            ", but the plan says ", out.expected_rows[j], ": the ranks are in different forwards"));
+      }
+      in.rows_per_group[j] = group.rows;
+      in.parcel_bytes[j] = group.parcel_bytes;
+      receive_bytes[i] += group.parcel_bytes;
+    }
+    received += receive_bytes[i];
+  }
+
+  // Attachments and parcels, rank after rank; without attachments the parcels are that already.
+  const void* send = encoded->bytes.const_data_ptr();
+  at::Tensor send_buffer = encoded->bytes;
+  if (out.attachment.defined()) {
+    std::byte* to = reserve(c.send_, total(send_bytes));
+    send = to;
+    send_buffer = c.send_;
+    const auto* attachment = static_cast<const std::byte*>(out.attachment.const_data_ptr());
+    const auto* parcels = static_cast<const std::byte*>(encoded->bytes.const_data_ptr());
+    for (std::size_t i = 0; i < send_bytes.size(); ++i) {
+      const auto front = static_cast<std::size_t>(out.attachment_bytes[i]);
+      const auto back = static_cast<std::size_t>(send_bytes[i]) - front;
+      if (front > 0) std::memcpy(to, attachment, front);
+      if (back > 0) std::memcpy(to + front, parcels, back);
+      attachment += front;
+      parcels += back;
+      to += front + back;
+    }
+  }
+  if (ranks > 1) {
+    RECORD_FUNCTION("lshmoe::all_to_all", std::vector<c10::IValue>{});
+    const Stopwatch watch(s.exchange_seconds);
+    std::byte* receive = reserve(c.receive_, received);
+    comm.all_to_all_v(send, send_bytes, receive, receive_bytes, purpose_of(out.direction));
+    in.bytes = c.receive_;
+  } else {
+    in.bytes = send_buffer;
+  }
+  const auto* bytes = static_cast<const std::byte*>(in.bytes.const_data_ptr());
+  for (std::size_t i = 0; i < attachment_bytes.size(); ++i) {
+    const auto size = static_cast<std::size_t>(attachment_bytes[i]);
+    in.attachment.emplace_back(bytes + in.parcel_begin[i] - attachment_bytes[i], size);
+  }
+  return in;
+}
+
+void Exchange::unpack(const RowsIn& in, at::Tensor& out, const at::Tensor& index) {
+  RECORD_FUNCTION("lshmoe::decode", std::vector<c10::IValue>{});
+  const Stopwatch watch((*stats)[in.direction].codec_seconds);
+  ExchangeContext& c = *context_;
+  const Codec& codec = c.codec(in.direction, out.scalar_type());
+  const int64_t ranks = c.ranks(), own = c.comm->rank();
+  const auto groups = static_cast<int64_t>(in.rows_per_group.size()) / ranks;
+  int64_t first = 0;
+  for (int64_t r = 0; r < ranks; ++r) {
+    const auto begin = in.rows_per_group.begin() + r * groups;
+    const std::vector<int64_t> rows(begin, begin + groups);
+    const int64_t count = total(rows);
+    const at::Tensor places = index.narrow(0, first, count);
+    first += count;
+    if (count == 0) continue;
+    if (r == own && in.own_index.defined()) {
+      LSHMOE_ASSERT(in.own_index.size(0) == count);
+      const std::size_t row_bytes =
+          static_cast<std::size_t>(c.options.hidden_size()) * out.element_size();
+      const auto* from = static_cast<const std::byte*>(in.own_rows.const_data_ptr());
+      auto* to = static_cast<std::byte*>(out.mutable_data_ptr());
+      const auto* pick = in.own_index.const_data_ptr<int64_t>();
+      const auto* place = places.const_data_ptr<int64_t>();
+      for (int64_t i = 0; i < count; ++i) {
+        std::memcpy(to + static_cast<std::size_t>(place[i]) * row_bytes,
+                    from + static_cast<std::size_t>(pick[i]) * row_bytes, row_bytes);
+      }
+      continue;
+    }
+    const auto sizes = in.parcel_bytes.begin() + r * groups;
+    const std::vector<int64_t> bytes(sizes, sizes + groups);
+    try {
+      codec.decode_into(
+          out, places,
+          in.bytes.narrow(0, in.parcel_begin[static_cast<std::size_t>(r)], total(bytes)), bytes,
+          rows);
+    } catch (const InvalidArgument& error) {
+      throw InvalidArgument(detail::message("the rows from ", c.name_of_rank(r), " in ",
+                                            name_of(in.direction), ": ", error.what()));
+    }
+  }
+}
+
+}  // namespace lshmoe

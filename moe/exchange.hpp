@@ -1,0 +1,106 @@
+#pragma once
+// Exchange: rows between the ranks of an expert group, coded; what all four directions share.
+
+#include <torch/custom_class.h>
+#include <torch/torch.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "lshmoe/comm/communicator.hpp"
+#include "lshmoe/compress/codec.hpp"
+#include "lshmoe/moe/dispatcher.hpp"
+
+namespace lshmoe {
+
+/// What the forwards of one Dispatcher share: options, ranks, codecs (made once per row dtype) and
+/// byte buffers. One exchange at a time.
+class ExchangeContext {
+ public:
+  /// Throws InvalidArgument for options that do not fit each other or the communicator.
+  ExchangeContext(DispatcherOptions options, std::shared_ptr<Communicator> comm);
+
+  [[nodiscard]] const Codec& codec(Direction direction, at::ScalarType dtype);
+  [[nodiscard]] bool restores_at_source() const;
+  [[nodiscard]] int64_t ranks() const { return comm->size(); }
+  [[nodiscard]] int64_t num_local_experts() const { return options.num_experts() / ranks(); }
+  /// "rank 3", the number being that of the world; for error texts.
+  [[nodiscard]] std::string name_of_rank(int64_t rank) const;
+
+  const DispatcherOptions options;
+  const std::shared_ptr<Communicator> comm;
+
+ private:
+  friend class Exchange;
+  std::mutex mutex_;
+  std::map<std::pair<Direction, at::ScalarType>, std::shared_ptr<Codec>> codecs_;
+  // Kept from call to call: fresh memory costs more than the copies into it.
+  at::Tensor send_, receive_;
+};
+
+/// Rows to send. Groups are (destination rank, group of that rank): one group a rank for
+/// restore=expert, one for each local expert for restore=source.
+struct RowsOut {
+  Direction direction = Direction::dispatch;
+  at::Tensor rows;   ///< [any, hidden], contiguous
+  at::Tensor index;  ///< int64 [N]: the rows to send, by group; undefined: all in order
+  std::vector<int64_t> rows_per_group;  ///< [ranks * groups]
+  /// Parcels of the rows that pass the codec, made already; null: made by swap().
+  const Encoded* encoded = nullptr;
+  std::vector<int64_t> assignments;       ///< [ranks]: a number the peer is told
+  at::Tensor attachment;                  ///< uint8 [sum(attachment_bytes)]; undefined: none
+  std::vector<int64_t> attachment_bytes;  ///< [ranks]: plan or gradients sent in front of the rows
+  std::vector<int64_t> expected_rows;  ///< [ranks * groups] that must come; empty: whatever comes
+  int64_t raw_rows = 0;                ///< rows of the plan for other ranks, for bytes_raw
+  int64_t top_k = 0;
+};
+
+/// Rows that came, still coded. Valid until the next swap() of the same context.
+struct RowsIn {
+  std::vector<int64_t> rows_per_group;                 ///< [ranks * groups]
+  std::vector<int64_t> assignments;                    ///< [ranks]
+  std::vector<std::span<const std::byte>> attachment;  ///< [ranks]
+
+  // For unpack().
+  Direction direction = Direction::dispatch;
+  std::vector<int64_t> parcel_begin;  ///< [ranks]: offset of the source's parcels in `bytes`
+  std::vector<int64_t> parcel_bytes;  ///< [ranks * groups]
+  at::Tensor bytes;
+  at::Tensor own_rows, own_index;  ///< rows that stay, picked by own_index; without codec_on_self
+};
+
+/// One forward and its backward: its statistics, and the exchanges themselves.
+class Exchange : public torch::CustomClassHolder {
+ public:
+  /// `stats`: those of the forward this exchange belongs to; null: a new forward's.
+  explicit Exchange(std::shared_ptr<ExchangeContext> context,
+                    std::shared_ptr<ExchangeStats> stats = nullptr);
+
+  /// Encodes and swaps rows: sizes by one fixed all-to-all, everything in it checked against this
+  /// rank's own values, then one all-to-all-v. Collective over the expert group; none in a group of
+  /// one. Throws CommError naming the peer that disagrees.
+  [[nodiscard]] RowsIn swap(const RowsOut& out);
+
+  /// Decodes row i of what came (by source rank, then group) into out[index[i]]. Local.
+  /// Throws InvalidArgument naming the peer whose bytes are damaged.
+  void unpack(const RowsIn& in, at::Tensor& out, const at::Tensor& index);
+
+  [[nodiscard]] ExchangeContext& context() const { return *context_; }
+
+  /// Whether this forward has a backward; the ranks check that they agree, or some would never
+  /// enter its exchanges. Set by the ops' autograd part.
+  bool requires_grad = false;
+  const std::shared_ptr<ExchangeStats> stats;
+
+ private:
+  std::shared_ptr<ExchangeContext> context_;
+};
+
+}  // namespace lshmoe

@@ -1,0 +1,162 @@
+// The Dispatcher against a dense loop: experts that are one matrix each, known to every rank.
+
+#include "lshmoe/moe/dispatcher.hpp"
+
+#include <gtest/gtest.h>
+
+#include "lshmoe/runtime/error.hpp"
+#include "tests/support/main.hpp"
+
+namespace lshmoe {
+namespace {
+using testing::world;
+
+constexpr int64_t kHidden = 6, kExperts = 8, kTopK = 3;
+
+struct Case {
+  at::Tensor x, ids, weights, matrices, grad;
+};
+
+/// Different on each rank but for the matrices [experts, hidden, hidden].
+Case make_case(int64_t tokens, uint64_t seed) {
+  at::Generator shared = at::make_generator<at::CPUGeneratorImpl>(seed);
+  at::Generator own = at::make_generator<at::CPUGeneratorImpl>(
+      seed * 100 + 1 + static_cast<uint64_t>(world()->rank()));
+  const auto f64 = at::TensorOptions(at::kDouble);
+  Case c;
+  c.matrices = at::randn({kExperts, kHidden, kHidden}, shared, f64);
+  c.x = at::randn({tokens, kHidden}, own, f64).set_requires_grad(true);
+  c.ids = std::get<1>(at::sort(at::rand({tokens, kExperts}, own, f64), 1)).narrow(1, 0, kTopK);
+  c.ids = at::where(at::rand({tokens, kTopK}, own, f64) < 0.2, -1, c.ids);
+  c.weights = at::rand({tokens, kTopK}, own, f64).set_requires_grad(true);
+  c.grad = at::randn({tokens, kHidden}, own, f64);
+  return c;
+}
+
+at::Tensor dense(const Case& c) {
+  at::Tensor y = at::zeros_like(c.x);
+  for (int64_t e = 0; e < kExperts; ++e) {
+    const at::Tensor w = (c.weights * c.ids.eq(e)).sum(1, true);
+    y = y + w * at::tanh(at::mm(c.x, c.matrices[e]));
+  }
+  return y;
+}
+
+at::Tensor through(const Dispatcher& dispatcher, const Case& c, Dispatched* out = nullptr) {
+  const Dispatched d = dispatcher.dispatch(c.x, c.ids, c.weights);
+  std::vector<at::Tensor> outputs;
+  const auto blocks = d.rows.split_with_sizes(d.rows_per_expert);
+  for (std::size_t e = 0; e < blocks.size(); ++e)
+    outputs.push_back(at::tanh(
+        at::mm(blocks[e], c.matrices[dispatcher.first_local_expert() + static_cast<int64_t>(e)])));
+  if (out) *out = d;
+  return dispatcher.combine(at::cat(outputs), d);
+}
+
+std::vector<at::Tensor> gradients(const at::Tensor& y, const Case& c) {
+  return torch::autograd::grad({y}, {c.x, c.weights}, {c.grad}, /*retain_graph=*/true);
+}
+
+class DispatcherTest : public ::testing::TestWithParam<std::tuple<int, bool, int>> {};
+
+TEST_P(DispatcherTest, EqualsDenseLoop) {
+  const auto [tokens_of_rank0, codec_on_self, alignment] = GetParam();
+  const ExpertGroups groups = make_expert_groups(world());
+  const Dispatcher dispatcher(
+      DispatcherOptions(kHidden, kExperts).codec_on_self(codec_on_self).alignment(alignment),
+      groups);
+  const Case c = make_case(tokens_of_rank0 * (world()->rank() + 1) % 40, 5);
+  Dispatched d;
+  const at::Tensor y = through(dispatcher, c, &d), expected = dense(c);
+  EXPECT_TRUE(at::allclose(y, expected, 1e-12, 1e-12));
+  const auto got = gradients(y, c), want = gradients(expected, c);
+  EXPECT_TRUE(at::allclose(got[0], want[0], 1e-12, 1e-12));
+  EXPECT_TRUE(at::allclose(got[1], want[1], 1e-12, 1e-12));
+  // All four directions are accounted for.
+  int64_t raw[4], sent = 0;
+  for (int i = 0; i < 4; ++i) {
+    raw[i] = d.stats->direction[i].bytes_raw;
+    sent += d.stats->direction[i].codec_bytes;
+  }
+  EXPECT_EQ(raw[0], raw[2]);
+  EXPECT_EQ(raw[1], raw[3]);
+  EXPECT_EQ(sent > 0, raw[0] + raw[1] > 0);
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, DispatcherTest,
+                         ::testing::Values(std::tuple(0, false, 1), std::tuple(1, false, 1),
+                                           std::tuple(13, false, 1), std::tuple(13, true, 1),
+                                           std::tuple(13, false, 4), std::tuple(40, false, 1)));
+
+TEST(Dispatcher, TwoForwardsThenTwoBackwards) {
+  const ExpertGroups groups = make_expert_groups(world());
+  const Dispatcher dispatcher(DispatcherOptions(kHidden, kExperts), groups);
+  const Case a = make_case(9, 1), b = make_case(5, 2);
+  const at::Tensor ya = through(dispatcher, a), yb = through(dispatcher, b);
+  const auto got_b = gradients(yb, b), got_a = gradients(ya, a);
+  EXPECT_TRUE(at::allclose(got_a[0], gradients(dense(a), a)[0]));
+  EXPECT_TRUE(at::allclose(got_b[1], gradients(dense(b), b)[1]));
+}
+
+TEST(Dispatcher, ReturnsToRanksWhoseExpertsAreUnused) {
+  // All tokens choose expert 0, and the outputs of the experts take no part in the graph.
+  const ExpertGroups groups = make_expert_groups(world());
+  const Dispatcher dispatcher(DispatcherOptions(kHidden, kExperts), groups);
+  const at::Tensor x = at::ones({4, kHidden}).set_requires_grad(true),
+                   w = at::ones({4, 1}).set_requires_grad(true);
+  const Dispatched d = dispatcher.dispatch(x, at::zeros({4, 1}, at::kLong), w);
+  const at::Tensor y = dispatcher.combine(at::full_like(d.rows.detach(), 2.0), d);
+  y.sum().backward();
+  EXPECT_TRUE(at::equal(y, at::full_like(y, 2.0)));
+  EXPECT_TRUE(at::equal(w.grad(), at::full_like(w, 2.0 * kHidden)));
+  EXPECT_TRUE(at::equal(x.grad(), at::zeros_like(x)));
+}
+
+TEST(Dispatcher, NamesThePeerThatDisagrees) {
+  if (world()->size() == 1) GTEST_SKIP() << "needs peers";
+  const ExpertGroups groups = make_expert_groups(world());
+  const Dispatcher dispatcher(DispatcherOptions(kHidden, kExperts).layer(world()->rank()), groups);
+  const Case c = make_case(3, 7);
+  try {
+    (void)dispatcher.dispatch(c.x, c.ids, c.weights);
+    ADD_FAILURE() << "ranks in different layers went on";
+  } catch (const CommError& error) {
+    EXPECT_NE(std::string(error.what()).find("layer"), std::string::npos) << error.what();
+    EXPECT_NE(std::string(error.what()).find("rank"), std::string::npos) << error.what();
+  }
+}
+
+TEST(Dispatcher, RefusesBadInput) {
+  const ExpertGroups groups = make_expert_groups(world());
+  const Dispatcher d(DispatcherOptions(kHidden, kExperts), groups);
+  const at::Tensor x = at::zeros({2, kHidden}), ids = at::zeros({2, 1}, at::kLong),
+                   w = at::ones({2, 1});
+  EXPECT_THROW((void)d.dispatch(x.narrow(1, 0, 3), ids, w), InvalidArgument);
+  EXPECT_THROW((void)d.dispatch(x, ids.to(at::kInt), w), InvalidArgument);
+  EXPECT_THROW((void)d.dispatch(x, ids + kExperts, w), InvalidArgument);
+  EXPECT_THROW((void)d.dispatch(x, at::zeros({2, 2}, at::kLong), at::ones({2, 2})),
+               InvalidArgument);
+  EXPECT_THROW((void)d.dispatch(x, ids, w.to(at::kDouble)), InvalidArgument);
+  EXPECT_THROW((void)d.dispatch(x.to(at::kHalf), ids, w), InvalidArgument);
+  EXPECT_THROW((void)d.combine(x, Dispatched{}), InvalidArgument);
+}
+
+TEST(DispatcherOptions, AreChecked) {
+  const auto refused = [](const DispatcherOptions& o, int ep = 2) {
+    EXPECT_THROW(validate(o, ep), InvalidArgument);
+  };
+  EXPECT_NO_THROW(validate(DispatcherOptions(8, 4), 2));
+  refused(DispatcherOptions(0, 4));
+  refused(DispatcherOptions(8, 0));
+  refused(DispatcherOptions(8, 3));
+  refused(DispatcherOptions(8, 4).alignment(0));
+  refused(DispatcherOptions(8, 4).layer(-1));
+  refused(DispatcherOptions(8, 4).codec(CodecOptions().kind("zip")));
+  refused(DispatcherOptions(8, 4).codec_backward(CodecOptions().restore("source")));
+  const auto source = DispatcherOptions(8, 4).codec(CodecOptions().restore("source"));
+  EXPECT_EQ(source.codec(Direction::dispatch).kind(), "lsh");
+  EXPECT_EQ(source.codec(Direction::combine).kind(), "none");
+}
+
+}  // namespace
+}  // namespace lshmoe
