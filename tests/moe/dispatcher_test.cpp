@@ -67,17 +67,22 @@ TEST_P(DispatcherTest, EqualsDenseLoop) {
       groups);
   const Case c = make_case(tokens_of_rank0 * (world()->rank() + 1) % 40, 5);
   Dispatched d;
+  const Traffic before = groups.expert->traffic();
   const at::Tensor y = through(dispatcher, c, &d), expected = dense(c);
   EXPECT_TRUE(at::allclose(y, expected, 1e-12, 1e-12));
   const auto got = gradients(y, c), want = gradients(expected, c);
   EXPECT_TRUE(at::allclose(got[0], want[0], 1e-12, 1e-12));
   EXPECT_TRUE(at::allclose(got[1], want[1], 1e-12, 1e-12));
   // All four directions are accounted for.
-  int64_t raw[4], sent = 0;
+  int64_t raw[4], sent = 0, plan = 0;
   for (int i = 0; i < 4; ++i) {
     raw[i] = d.stats->direction[i].bytes_raw;
     sent += d.stats->direction[i].codec_bytes;
+    plan += d.stats->direction[i].plan_bytes;
   }
+  const Traffic after = groups.expert->traffic();
+  EXPECT_EQ(static_cast<int64_t>(after.bytes_sent - before.bytes_sent), sent + plan);
+  EXPECT_EQ(after.calls - before.calls, world()->size() == 1 ? 0U : 8U);
   EXPECT_EQ(raw[0], raw[2]);
   EXPECT_EQ(raw[1], raw[3]);
   EXPECT_EQ(sent > 0, raw[0] + raw[1] > 0);
@@ -124,6 +129,38 @@ TEST(Dispatcher, NamesThePeerThatDisagrees) {
     EXPECT_NE(std::string(error.what()).find("layer"), std::string::npos) << error.what();
     EXPECT_NE(std::string(error.what()).find("rank"), std::string::npos) << error.what();
   }
+}
+
+TEST(Dispatcher, NamesThePeerWithoutBackward) {
+  if (world()->size() == 1) GTEST_SKIP() << "needs peers";
+  const ExpertGroups groups = make_expert_groups(world());
+  const Dispatcher dispatcher(DispatcherOptions(kHidden, kExperts), groups);
+  const Case c = make_case(3, 7);
+  const bool frozen = world()->rank() == 0;
+  try {
+    (void)dispatcher.dispatch(frozen ? c.x.detach() : c.x, c.ids,
+                              frozen ? c.weights.detach() : c.weights);
+    ADD_FAILURE() << "one rank will have no backward";
+  } catch (const CommError& error) {
+    EXPECT_NE(std::string(error.what()).find("gradient"), std::string::npos) << error.what();
+  }
+}
+
+TEST(Dispatcher, LshWithoutErrorIsBitExact) {
+  const ExpertGroups groups = make_expert_groups(world());
+  const Case c = make_case(33, 11);
+  const at::Tensor x = c.x.detach().to(at::kFloat), w = c.weights.detach().to(at::kFloat);
+  std::vector<at::Tensor> results;
+  for (const char* kind : {"none", "lsh"}) {
+    const Dispatcher dispatcher(
+        DispatcherOptions(kHidden, kExperts).codec(CodecOptions().kind(kind).max_error(0)), groups);
+    const at::Tensor leaf = x.clone().set_requires_grad(true);
+    const Dispatched d = dispatcher.dispatch(leaf, c.ids, w);
+    const at::Tensor y = dispatcher.combine(at::tanh(d.rows), d);
+    y.backward(c.grad.to(at::kFloat));
+    results.push_back(at::cat({y.detach(), leaf.grad()}));
+  }
+  EXPECT_TRUE(at::equal(results[0], results[1]));
 }
 
 TEST(Dispatcher, RefusesBadInput) {
