@@ -92,12 +92,6 @@ std::int64_t drop_empty(std::vector<std::int64_t>& assignment, std::int64_t coun
   return renumber(assignment, used);
 }
 
-std::vector<float> nearest_scratch(const ClusterInput& input, const CodecOptions& options,
-                                   std::int64_t count) {
-  return std::vector<float>(
-      static_cast<std::size_t>((options.projection() + input.rows + 1) * count));
-}
-
 // Bits per element of a row whose residual has `ratio` times the squared bound: fitted to coded
 // rows of several layers (4.2 at ratio 100 with row-shaped residuals).
 double expected_bits(double ratio) { return 0.5 * std::log2(1 + 2.3 * ratio); }
@@ -116,7 +110,8 @@ Clusters bucket_clusters(const ClusterInput& input, const CodecOptions& options)
   for (std::int64_t pass = 0; pass < options.refine(); ++pass) {
     const auto centroids =
         means(input.z, clusters.assignment, clusters.count, options.projection());
-    scratch = nearest_scratch(input, options, clusters.count);
+    scratch = std::vector<float>(
+        static_cast<std::size_t>(kernels::nearest_scratch(clusters.count, options.projection())));
     kernels::nearest_centroid(clusters.assignment.data(), nullptr, scratch.data(), input.z,
                               centroids.data(), input.rows, clusters.count, options.projection(),
                               /*or_none=*/false);
@@ -158,7 +153,7 @@ Clusters paying_clusters(const ClusterInput& input, const CodecOptions& options,
   // Seeds: means of the largest buckets. Fewer and fewer of them, while that pays better.
   const std::int64_t seeds = std::min(most, buckets.count);
   const auto seed_means = means(input.z, assign_to_buckets(buckets, seeds), seeds, projection);
-  std::vector<float> scratch = nearest_scratch(input, options, seeds);
+  std::vector<float> scratch(static_cast<std::size_t>(kernels::nearest_scratch(seeds, projection)));
   std::vector<std::int64_t> assignment(n), best_assignment;
   std::vector<float> distance(n);
   double best_gain = 0;

@@ -58,9 +58,17 @@ std::int64_t group_by_key(std::int64_t* order, std::int64_t* offsets, const std:
 void segment_mean(float* out, const float* x, const std::int64_t* order,
                   const std::int64_t* offsets, std::int64_t segments, std::int64_t columns);
 
-/// nearest [rows]: the centroid of least |z - c|^2, the first on ties, out of c [centroids,
-/// columns]; with `or_none`, -1 where the origin is as near or nearer. distance, when not null,
-/// [rows]: that |z - c|^2 (not below 0). scratch: (columns + rows) * centroids + centroids floats.
+/// Rows that nearest_centroid scores at a time, and the floats it needs as scratch.
+inline constexpr std::int64_t kNearestRows = 64;
+constexpr std::int64_t nearest_padded(std::int64_t count) { return (count + 15) / 16 * 16; }
+constexpr std::int64_t nearest_scratch(std::int64_t count, std::int64_t columns) {
+  return (columns + 1 + kNearestRows) * nearest_padded(count);
+}
+
+/// nearest [rows]: the centroid of least |z - c|^2, the first on ties, out of centroids
+/// [count, columns]; with `or_none`, -1 where the origin is as near or nearer.
+/// distance, when not null, [rows]: that |z - c|^2 (not below 0).
+/// scratch [nearest_scratch(count, columns)].
 void nearest_centroid(std::int64_t* nearest, float* distance, float* scratch, const float* z,
                       const float* centroids, std::int64_t rows, std::int64_t count,
                       std::int64_t columns, bool or_none);

@@ -14,6 +14,7 @@
 #include "lshmoe/compress/codec.hpp"
 #include "lshmoe/launch/npy.hpp"
 #include "lshmoe/runtime/error.hpp"
+#include "lshmoe/runtime/memory.hpp"
 
 namespace lshmoe {
 namespace {
@@ -79,6 +80,7 @@ int bench_codec(int argc, char** argv) {
                   "': use f32 or bf16");
   LSHMOE_VALIDATE(group_rows >= 1, "--group-rows ", group_rows, " must be 1 or more");
   LSHMOE_VALIDATE(repeat >= 1, "--repeat ", repeat, " must be 1 or more");
+  tune_allocator();
   at::set_num_threads(1);
 
   CodecContext context;

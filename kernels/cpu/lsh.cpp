@@ -14,32 +14,43 @@ std::uint64_t splitmix64(std::uint64_t& state) {
   return z ^ (z >> 31);
 }
 
-// out [Rows, Columns] of one tile; the accumulators stay in registers.
-template <int kRows, int kColumns>
+// Eight floats that stay in one register; loops over arrays of them do not get unrolled into stack
+// traffic as loops over floats do.
+using Vector = float __attribute__((vector_size(32)));
+// The same at any address of a float.
+using LooseVector = float __attribute__((vector_size(32), aligned(4), may_alias));
+constexpr int kVector = 8;
+
+// out [kRows, kVectors * 8] of one tile; the sums stay in registers.
+template <int kRows, int kVectors>
 void multiply_tile(float* out, const float* x, const float* matrix, std::int64_t inner,
                    std::int64_t columns) {
-  float sum[kRows][kColumns] = {};
+  Vector sum[kRows][kVectors] = {};
   for (std::int64_t k = 0; k < inner; ++k) {
-    const float* row = matrix + k * columns;
+    Vector row[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+      row[j] = *reinterpret_cast<const LooseVector*>(matrix + k * columns + j * kVector);
+    }
     for (int i = 0; i < kRows; ++i) {
-      const float value = x[i * inner + k];
-      for (int j = 0; j < kColumns; ++j) sum[i][j] += value * row[j];
+      for (int j = 0; j < kVectors; ++j) sum[i][j] += x[i * inner + k] * row[j];
     }
   }
   for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kColumns; ++j) out[i * columns + j] = sum[i][j];
+    for (int j = 0; j < kVectors; ++j) {
+      *reinterpret_cast<LooseVector*>(out + i * columns + j * kVector) = sum[i][j];
+    }
   }
 }
 
-template <int kColumns>
+template <int kVectors>
 void multiply_columns(float* out, const float* x, const float* matrix, std::int64_t rows,
                       std::int64_t inner, std::int64_t columns) {
   std::int64_t i = 0;
   for (; i + 4 <= rows; i += 4) {
-    multiply_tile<4, kColumns>(out + i * columns, x + i * inner, matrix, inner, columns);
+    multiply_tile<4, kVectors>(out + i * columns, x + i * inner, matrix, inner, columns);
   }
   for (; i < rows; ++i) {
-    multiply_tile<1, kColumns>(out + i * columns, x + i * inner, matrix, inner, columns);
+    multiply_tile<1, kVectors>(out + i * columns, x + i * inner, matrix, inner, columns);
   }
 }
 }  // namespace
@@ -81,13 +92,19 @@ void random_orthonormal(float* out, std::int64_t rows, std::int64_t columns, std
 void multiply(float* out, const float* x, const float* matrix, std::int64_t rows,
               std::int64_t inner, std::int64_t columns) {
   std::int64_t j = 0;
-  for (; j + 16 <= columns; j += 16) {
-    multiply_columns<16>(out + j, x, matrix + j, rows, inner, columns);
+  for (; j + 2 * kVector <= columns; j += 2 * kVector) {
+    multiply_columns<2>(out + j, x, matrix + j, rows, inner, columns);
   }
-  for (; j + 8 <= columns; j += 8) {
-    multiply_columns<8>(out + j, x, matrix + j, rows, inner, columns);
+  for (; j + kVector <= columns; j += kVector) {
+    multiply_columns<1>(out + j, x, matrix + j, rows, inner, columns);
   }
-  for (; j < columns; ++j) multiply_columns<1>(out + j, x, matrix + j, rows, inner, columns);
+  for (; j < columns; ++j) {
+    for (std::int64_t i = 0; i < rows; ++i) {
+      float sum = 0;
+      for (std::int64_t k = 0; k < inner; ++k) sum += x[i * inner + k] * matrix[k * columns + j];
+      out[i * columns + j] = sum;
+    }
+  }
 }
 
 void bucket_keys(std::uint64_t* keys, const float* z, std::int64_t rows, std::int64_t stride,
@@ -127,35 +144,42 @@ void segment_mean(float* out, const float* x, const std::int64_t* order,
 void nearest_centroid(std::int64_t* nearest, float* distance, float* scratch, const float* z,
                       const float* centroids, std::int64_t rows, std::int64_t count,
                       std::int64_t columns, bool or_none) {
-  float* transposed = scratch;                      // [columns, count]
-  float* half_norm = transposed + columns * count;  // [count]
-  float* score = half_norm + count;                 // [rows, count]
+  // Transposed and filled up with zeros to whole tiles of multiply().
+  const std::int64_t padded = nearest_padded(count);
+  float* transposed = scratch;                       // [columns, padded]
+  float* half_norm = transposed + columns * padded;  // [padded]
+  float* score = half_norm + padded;                 // [kNearestRows, padded]
+  std::fill(transposed, transposed + columns * padded, 0.0F);
   for (std::int64_t k = 0; k < count; ++k) {
     float sum = 0;
     for (std::int64_t j = 0; j < columns; ++j) {
       const float value = centroids[k * columns + j];
-      transposed[j * count + k] = value;
+      transposed[j * padded + k] = value;
       sum += value * value;
     }
     half_norm[k] = 0.5F * sum;
   }
-  multiply(score, z, transposed, rows, columns, count);
-  for (std::int64_t i = 0; i < rows; ++i) {
-    const float* s = score + i * count;
-    std::int64_t best = or_none || count == 0 ? -1 : 0;
-    float best_score = best < 0 ? 0.0F : s[0] - half_norm[0];
-    for (std::int64_t k = 0; k < count; ++k) {
-      const float value = s[k] - half_norm[k];
-      if (value > best_score) {
-        best_score = value;
-        best = k;
+  for (std::int64_t first = 0; first < rows; first += kNearestRows) {
+    const std::int64_t block = std::min(kNearestRows, rows - first);
+    multiply(score, z + first * columns, transposed, block, columns, padded);
+    for (std::int64_t i = 0; i < block; ++i) {
+      const float* s = score + i * padded;
+      std::int64_t best = or_none || count == 0 ? -1 : 0;
+      float best_score = best < 0 ? 0.0F : s[0] - half_norm[0];
+      for (std::int64_t k = 0; k < count; ++k) {
+        const float value = s[k] - half_norm[k];
+        if (value > best_score) {
+          best_score = value;
+          best = k;
+        }
       }
-    }
-    nearest[i] = best;
-    if (distance != nullptr) {
-      float norm = 0;
-      for (std::int64_t j = 0; j < columns; ++j) norm += z[i * columns + j] * z[i * columns + j];
-      distance[i] = std::max(0.0F, norm - 2 * best_score);
+      nearest[first + i] = best;
+      if (distance != nullptr) {
+        const float* row = z + (first + i) * columns;
+        float norm = 0;
+        for (std::int64_t j = 0; j < columns; ++j) norm += row[j] * row[j];
+        distance[first + i] = std::max(0.0F, norm - 2 * best_score);
+      }
     }
   }
 }
