@@ -79,7 +79,7 @@ Session::~Session() {
   try {
     impl_->world->barrier();
   } catch (const std::exception& error) {
-    log_error(std::string("at the end of the job: ") + error.what());
+    log_error(error.what() + std::string(", at the end of the job"));
     abort();
   }
   impl_->world.reset();

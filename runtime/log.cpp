@@ -37,12 +37,18 @@ spdlog::logger& logger() {
   return *instance;
 }
 
+// Error texts begin with the rank, and so does the line.
+std::string without_rank(const std::string& text) {
+  const std::string prefix = "rank " + std::to_string(process_rank()) + ": ";
+  return text.starts_with(prefix) ? text.substr(prefix.size()) : text;
+}
+
 }  // namespace
 
 void log_info(const std::string& text) {
   if (process_rank() <= 0) logger().info("{}", text);
 }
-void log_warn(const std::string& text) { logger().warn("{}", text); }
-void log_error(const std::string& text) { logger().error("{}", text); }
+void log_warn(const std::string& text) { logger().warn("{}", without_rank(text)); }
+void log_error(const std::string& text) { logger().error("{}", without_rank(text)); }
 
 }  // namespace lshmoe
