@@ -83,12 +83,14 @@ TEST(Log, EveryLineNamesTheRankAndOnlyRankZeroInforms) {
   set_process_rank(3);
   log_info("hidden");
   log_warn("shown {}");
+  log_error(Error("said once").what());
   set_process_rank(0);
   log_info("informed");
   set_process_rank(before);
   const std::string text = ::testing::internal::GetCapturedStderr();
   EXPECT_EQ(text.find("hidden"), std::string::npos) << text;
   EXPECT_NE(text.find("[rank 3] [warning] shown {}"), std::string::npos) << text;
+  EXPECT_NE(text.find("[rank 3] [error] said once"), std::string::npos) << text;
   EXPECT_NE(text.find("[rank 0] [info] informed"), std::string::npos) << text;
 }
 
