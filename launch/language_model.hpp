@@ -1,0 +1,77 @@
+#pragma once
+// The decoder-only transformer language model that lshmoe-train trains.
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "lshmoe/comm/groups.hpp"
+#include "lshmoe/moe/layer.hpp"
+
+namespace lshmoe::launch {
+
+struct LanguageModelOptions {
+  /// `moe`: the options of every MoE layer; its hidden_size is the model's, its `layer` is set by
+  /// the model to the block's number.
+  LanguageModelOptions(int64_t vocab_size, MoELayerOptions moe)
+      : vocab_size_(vocab_size), moe_(std::move(moe)) {}
+  TORCH_ARG(int64_t, vocab_size);
+  TORCH_ARG(MoELayerOptions, moe);
+  TORCH_ARG(int64_t, layers) = 2;
+  TORCH_ARG(int64_t, heads) = 4;
+  TORCH_ARG(int64_t, dense_ffn_hidden_size) = 512;
+  /// Blocks moe_every, 2 moe_every, ... (counted from 1) have an MoE layer in place of the dense
+  /// feed-forward network.
+  TORCH_ARG(int64_t, moe_every) = 2;
+  /// float32, or bfloat16: activations and products in bf16; master weights, norms' statistics,
+  /// router and loss in fp32.
+  TORCH_ARG(at::ScalarType, dtype) = at::kFloat;
+  /// Of the initial weights.
+  TORCH_ARG(uint64_t, seed) = 0;
+};
+/// Throws InvalidArgument naming the option and what to do.
+void validate(const LanguageModelOptions& options, int ep_size);
+
+struct LanguageModelOutput {
+  at::Tensor loss;              ///< scalar fp32: mean cross entropy of this rank's tokens, nats
+  at::Tensor aux_loss, z_loss;  ///< scalars: sums over the MoE layers, already scaled
+  std::vector<MoEStats> stats;  ///< one per MoE layer
+};
+
+/// Pre-norm (LayerNorm without bias), rotary positions, causal attention, gelu feed-forward
+/// networks without biases, output projection tied to the embedding.
+/// Initial weights depend on (seed, place in the model) only, so every layout starts from the same
+/// model.
+class LanguageModelImpl : public torch::nn::Module {
+ public:
+  /// Local. Throws InvalidArgument.
+  LanguageModelImpl(LanguageModelOptions options, const ExpertGroups& groups);
+
+  /// windows int64 [batch, seq_len + 1]: the first seq_len tokens are read, the last seq_len
+  /// predicted. batch >= 1. Collective over groups.expert, and so is its backward.
+  LanguageModelOutput forward(const at::Tensor& windows);
+
+  /// See GateImpl::update_expert_bias. Collective over the world.
+  void update_expert_bias();
+
+  const LanguageModelOptions options;
+
+ private:
+  struct Block {
+    at::Tensor attention_norm, qkv, attention_out, ffn_norm;
+    at::Tensor ffn_in, ffn_out;  ///< undefined with `moe`
+    MoELayer moe{nullptr};
+  };
+  at::Tensor embedding_, final_norm_;
+  std::vector<Block> blocks_;
+  at::Tensor rotation_;  ///< complex64 [positions, 1, head_dim / 2]; grows with the sequences seen
+
+  at::Tensor add_weight(const std::string& name, at::IntArrayRef sizes, double std);
+  at::Tensor linear(const at::Tensor& x, const at::Tensor& weight) const;
+  at::Tensor norm(const at::Tensor& x, const at::Tensor& weight) const;
+  at::Tensor attention(const at::Tensor& x, const Block& block);
+};
+TORCH_MODULE(LanguageModel);
+
+}  // namespace lshmoe::launch

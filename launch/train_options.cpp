@@ -1,0 +1,208 @@
+#include "lshmoe/launch/train_options.hpp"
+
+#include <boost/program_options.hpp>
+#include <cmath>
+
+#include "lshmoe/runtime/error.hpp"
+
+namespace lshmoe::launch {
+namespace po = boost::program_options;
+namespace {
+
+template <class T>
+po::typed_value<T>* value(T& variable, const T& default_value) {
+  return po::value<T>(&variable)->default_value(default_value);
+}
+po::typed_value<double>* real(double& variable, double default_value, const char* text) {
+  return po::value<double>(&variable)->default_value(default_value, text);
+}
+
+constexpr double kAsForward = -1.0;
+
+CodecOptions forward_codec(const TrainOptions& o) {
+  return CodecOptions()
+      .kind(o.compress)
+      .restore(o.restore)
+      .max_error(o.max_error)
+      .error_reference(o.error_reference)
+      .hashes(o.hashes)
+      .hash_dim(o.hash_dim)
+      .projection(o.projection)
+      .refine(o.refine)
+      .max_clusters(o.max_clusters)
+      .alpha(o.alpha)
+      .seed(static_cast<std::uint64_t>(o.seed));
+}
+
+CodecOptions backward_codec(const TrainOptions& o) {
+  CodecOptions codec = forward_codec(o);
+  if (!o.compress_backward.empty()) codec.kind(o.compress_backward);
+  if (o.max_error_backward != kAsForward) codec.max_error(o.max_error_backward);
+  return codec;
+}
+
+}  // namespace
+
+void add_train_options(OptionParser& parser, TrainOptions& o) {
+  using std::string;
+  parser.group("launch: data")
+      .add_options()("data", po::value(&o.data)->multitoken()->composing()->value_name("PATH..."),
+                     "text files or folders, bytes as tokens; or *.bin of token ids with "
+                     "--vocab-size (default: "
+                     "the C++ headers of the LibTorch this was built with)")(
+          "vocab-size", value<int64_t>(o.vocab_size, 0),
+          "number of token ids in *.bin files (uint16; uint32 above 65536); 0: bytes")(
+          "seq-len", value<int64_t>(o.seq_len, 128), "tokens a sequence")(
+          "eval-sequences", value<int64_t>(o.eval_sequences, 256),
+          "held-out sequences of an evaluation, at most");
+  parser.group("launch: model")
+      .add_options()("layers", value<int64_t>(o.layers, 2), "transformer blocks")(
+          "hidden-size", value<int64_t>(o.hidden_size, 128), "width of the model")(
+          "heads", value<int64_t>(o.heads, 4), "attention heads")(
+          "dense-ffn-hidden-size", value<int64_t>(o.dense_ffn_hidden_size, 512),
+          "width of the feed-forward networks outside the MoE layers")(
+          "moe-every", value<int64_t>(o.moe_every, 2), "every n-th block has an MoE layer")(
+          "dtype", value<string>(o.dtype, "fp32"),
+          "fp32, or bf16: activations in bf16, master weights and router in fp32")(
+          "device", value<string>(o.device, "auto"), "auto or cpu (cuda is not there yet)");
+  parser.group("launch: training")
+      .add_options()("steps", value<int64_t>(o.steps, 800), "optimiser steps")(
+          "batch-size", value<int64_t>(o.batch_size, 4), "sequences a rank and step")(
+          "lr", real(o.lr, 3e-3, "0.003"), "highest learning rate (AdamW)")(
+          "min-lr", real(o.min_lr, 1e-4, "0.0001"), "learning rate at the last step")(
+          "warmup-steps", value<int64_t>(o.warmup_steps, 50),
+          "steps of linear warm-up, before a cosine to min-lr")(
+          "weight-decay", real(o.weight_decay, 0.1, "0.1"), "AdamW's, on matrices only")(
+          "clip-grad", real(o.clip_grad, 1.0, "1"),
+          "largest L2 norm of the whole model's gradient; 0: no clipping")(
+          "eval-every", value<int64_t>(o.eval_every, 200),
+          "steps between evaluations on held-out text; 0: only after the last step")(
+          "seed", value<int64_t>(o.seed, 0),
+          "of parameters, data order and codec, each its own stream");
+  parser.group("launch: output")
+      .add_options()("metrics", po::value(&o.metrics)->value_name("FILE"),
+                     "one JSON object a step (rank 0)")(
+          "trace", po::value(&o.trace)->value_name("FILE"),
+          "a trace per rank for the Perfetto UI; for runs of few steps")(
+          "progress", value<int64_t>(o.progress, 20), "steps between progress lines; 0: none");
+  parser.group("comm").add_options()("ep-size", value<int64_t>(o.ep_size, 0),
+                                     "ranks that share the experts; 0: all ranks")(
+      "timeout", real(o.timeout, 300, "300"), "longest wait for other ranks, seconds");
+  parser.group("moe").add_options()("num-experts", value<int64_t>(o.num_experts, 8),
+                                    "experts of an MoE layer, over all ranks of an ep group")(
+      "ffn-hidden-size", value<int64_t>(o.ffn_hidden_size, 256), "width of an expert")(
+      "top-k", value<int64_t>(o.top_k, 2), "experts a token")(
+      "activation", value<string>(o.activation, "gelu"), "of the experts: gelu, relu or swiglu")(
+      "shared-expert-size", value<int64_t>(o.shared_expert_size, 0),
+      "width of an expert that every token passes; 0: none")(
+      "score-function", value<string>(o.score_function, "softmax"), "softmax or sigmoid")(
+      "capacity-factor", real(o.capacity_factor, 0, "0"), "0: dropless")(
+      "drop-policy", value<string>(o.drop_policy, "probs"),
+      "who stays when an expert is full: probs or position")(
+      "aux-loss-coeff", real(o.aux_loss_coeff, 0.01, "0.01"), "load-balancing loss")(
+      "z-loss-coeff", real(o.z_loss_coeff, 0, "0"), "router z-loss")(
+      "expert-bias-rate", real(o.expert_bias_rate, 0, "0"),
+      "loss-free balancing of the sigmoid gate");
+  parser.group("compress")
+      .add_options()("compress", value<string>(o.compress, "none"),
+                     "what travels: none, bf16 or lsh")(
+          "restore", value<string>(o.restore, "expert"),
+          "lsh: every token restored at its expert, or (source) centroids only, as in the paper")(
+          "max-error", real(o.max_error, 0.1, "0.1"),
+          "lsh, restore=expert: bound on the L2 error of every row; 0: bit-exact")(
+          "max-error-backward", real(o.max_error_backward, kAsForward, "as forward"),
+          "the same for the two backward exchanges")(
+          "compress-backward", value<string>(o.compress_backward, ""),
+          "what travels backward: none, bf16 or lsh; default: as forward")(
+          "error-reference", value<string>(o.error_reference, ""),
+          "bound relative to the row's norm (row) or the group's rms norm (group); default: row, "
+          "and "
+          "group for combine")("hashes", value<int64_t>(o.hashes, 3),
+                               "cross-polytope hashes a row")(
+          "hash-dim", value<int64_t>(o.hash_dim, 8), "dimension of each hash")(
+          "projection", value<int64_t>(o.projection, 64), "columns of the random projection")(
+          "refine", value<int64_t>(o.refine, 1), "nearest-centroid passes after the hashing")(
+          "max-clusters", value<int64_t>(o.max_clusters, 128),
+          "most centroids a group of rows may send; 0: none")(
+          "alpha", real(o.alpha, 0, "0"), "restore=source: weight of the residual; 1 is the paper")(
+          "codec-on-self", po::bool_switch(&o.codec_on_self),
+          "rows for the own rank pass the codec too");
+}
+
+TextOptions text_options(const TrainOptions& o) {
+  TextOptions text;
+  text.paths = o.data;
+  text.vocab_size = o.vocab_size;
+  text.seq_len = o.seq_len;
+  text.eval_sequences = o.eval_sequences;
+  text.seed = static_cast<std::uint64_t>(o.seed);
+  return text;
+}
+
+LanguageModelOptions model_options(const TrainOptions& o, int64_t vocab_size) {
+  MoELayerOptions moe(o.hidden_size, o.ffn_hidden_size, o.num_experts);
+  moe.top_k(o.top_k)
+      .activation(o.activation)
+      .score_function(o.score_function)
+      .capacity_factor(o.capacity_factor)
+      .drop_policy(o.drop_policy)
+      .aux_loss_coeff(o.aux_loss_coeff)
+      .z_loss_coeff(o.z_loss_coeff)
+      .expert_bias_rate(o.expert_bias_rate)
+      .shared_expert_size(o.shared_expert_size)
+      .codec_on_self(o.codec_on_self)
+      .codec(forward_codec(o));
+  if (!o.compress_backward.empty() || o.max_error_backward != kAsForward) {
+    moe.codec_backward(backward_codec(o));
+  }
+  return LanguageModelOptions(vocab_size, moe)
+      .layers(o.layers)
+      .heads(o.heads)
+      .dense_ffn_hidden_size(o.dense_ffn_hidden_size)
+      .moe_every(o.moe_every)
+      .dtype(o.dtype == "bf16" ? at::kBFloat16 : at::kFloat)
+      .seed(static_cast<std::uint64_t>(o.seed));
+}
+
+int effective_ep_size(const TrainOptions& o, int world_size) {
+  return o.ep_size == 0 ? world_size : static_cast<int>(o.ep_size);
+}
+
+void validate(const TrainOptions& o, int world_size) {
+  if (o.device == "cuda") {
+    throw NotConfigured("device cuda is not there yet: use --device cpu");
+  }
+  LSHMOE_VALIDATE(o.device == "auto" || o.device == "cpu", "unknown device '", o.device,
+                  "': use --device auto or cpu");
+  LSHMOE_VALIDATE(o.dtype == "fp32" || o.dtype == "bf16", "unknown dtype '", o.dtype,
+                  "': use --dtype fp32 or bf16");
+  const auto at_least = [](const char* name, auto given, auto least) {
+    LSHMOE_VALIDATE(given >= least && std::isfinite(static_cast<double>(given)), name, " is ",
+                    given, " (must be at least ", least, ")");
+  };
+  at_least("steps", o.steps, 1);
+  at_least("batch-size", o.batch_size, 1);
+  at_least("warmup-steps", o.warmup_steps, 0);
+  at_least("eval-every", o.eval_every, 0);
+  at_least("progress", o.progress, 0);
+  at_least("seed", o.seed, 0);
+  at_least("weight-decay", o.weight_decay, 0.0);
+  at_least("clip-grad", o.clip_grad, 0.0);
+  at_least("min-lr", o.min_lr, 0.0);
+  LSHMOE_VALIDATE(std::isfinite(o.lr) && o.lr > 0 && o.lr >= o.min_lr, "lr is ", o.lr,
+                  " (must be above 0 and not below min-lr, ", o.min_lr, "): change one of them");
+  LSHMOE_VALIDATE(std::isfinite(o.timeout) && o.timeout > 0, "timeout is ", o.timeout,
+                  " (seconds, must be above 0)");
+  LSHMOE_VALIDATE(o.ep_size >= 0 && o.ep_size <= world_size &&
+                      world_size % effective_ep_size(o, world_size) == 0,
+                  "ep-size ", o.ep_size, " does not divide the ", world_size,
+                  " ranks of the job (every group of ep-size ranks holds all experts): change "
+                  "--ep-size or the number of ranks");
+  LSHMOE_VALIDATE(o.max_error_backward == kAsForward || o.max_error_backward >= 0,
+                  "max-error-backward is ", o.max_error_backward, " (must be 0 or positive)");
+  validate(forward_codec(o));
+  validate(backward_codec(o));
+  validate(model_options(o, 2), effective_ep_size(o, world_size));
+}
+
+}  // namespace lshmoe::launch

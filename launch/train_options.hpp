@@ -1,0 +1,54 @@
+#pragma once
+// The options of lshmoe-train.
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "lshmoe/launch/data.hpp"
+#include "lshmoe/launch/language_model.hpp"
+#include "lshmoe/runtime/options.hpp"
+
+namespace lshmoe::launch {
+
+/// As given on the command line and in the INI file; the names are the options' with _ for -.
+struct TrainOptions {
+  std::vector<std::string> data;
+  int64_t vocab_size, seq_len, eval_sequences;
+
+  int64_t layers, hidden_size, heads, dense_ffn_hidden_size;
+  std::string dtype, device;
+
+  int64_t num_experts, ffn_hidden_size, top_k, moe_every, shared_expert_size;
+  std::string activation, score_function, drop_policy;
+  double capacity_factor, aux_loss_coeff, z_loss_coeff, expert_bias_rate;
+  int64_t ep_size;
+
+  std::string compress, compress_backward, restore, error_reference;
+  double max_error, max_error_backward, alpha;
+  int64_t refine, max_clusters, hashes, hash_dim, projection;
+  bool codec_on_self;
+
+  int64_t steps, batch_size, warmup_steps, eval_every, seed;
+  double lr, min_lr, weight_decay, clip_grad;
+
+  std::string metrics, trace;
+  int64_t progress;
+  double timeout;
+};
+
+/// Adds all options, grouped by the folder they belong to. `options` must outlive the parsing.
+void add_train_options(OptionParser& parser, TrainOptions& options);
+
+/// What the options say about text and model.
+[[nodiscard]] TextOptions text_options(const TrainOptions& options);
+[[nodiscard]] LanguageModelOptions model_options(const TrainOptions& options, int64_t vocab_size);
+
+/// The ep-size meant: 0 stands for the world's size.
+[[nodiscard]] int effective_ep_size(const TrainOptions& options, int world_size);
+
+/// Everything that can be checked before anything is built. Throws InvalidArgument, or
+/// NotConfigured for what is to come, in one line that names the option. Local.
+void validate(const TrainOptions& options, int world_size);
+
+}  // namespace lshmoe::launch

@@ -1,0 +1,121 @@
+#include "lshmoe/launch/train_program.hpp"
+
+#include <cstdio>
+#include <exception>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "lshmoe/comm/session.hpp"
+#include "lshmoe/launch/trainer.hpp"
+#include "lshmoe/runtime/error.hpp"
+#include "lshmoe/runtime/log.hpp"
+#include "lshmoe/runtime/memory.hpp"
+#include "lshmoe/runtime/signals.hpp"
+#include "lshmoe/runtime/trace.hpp"
+
+namespace lshmoe::launch {
+namespace {
+
+/// Every rank throws it with the same text: rank 0 says it, and the job ends without an abort.
+class AgreedError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+/// Runs the local `part` on every rank. If it throws on any, all throw AgreedError with the text of
+/// the lowest such rank. Collective.
+template <class Part>
+void together(Communicator& world, Part part) {
+  std::string problem;
+  try {
+    part();
+  } catch (const std::exception& error) {
+    problem = error.what();
+    if (problem.empty()) problem = "unknown error";
+  }
+  const auto lengths = all_gather(world, problem.size(), Purpose::control);
+  for (int rank = 0; rank < world.size(); ++rank) {
+    std::size_t length = lengths[static_cast<std::size_t>(rank)];
+    if (length == 0) continue;
+    problem.resize(length);
+    world.broadcast(problem.data(), length, rank, Purpose::control);
+    throw AgreedError(problem);
+  }
+}
+
+void check_same_data(Communicator& world, const DataSource& data) {
+  const auto all = all_gather(world, data.fingerprint(), Purpose::control);
+  for (std::size_t rank = 0; rank < all.size(); ++rank) {
+    if (all[rank] != all[0]) {
+      throw AgreedError(detail::message("rank ", rank,
+                                        " sees other data than rank 0 (the files' "
+                                        "number or sizes differ): give all ranks the same files"));
+    }
+  }
+}
+
+void run(Session& session, const TrainOptions& options, const OpenData& open_data) {
+  const auto world = session.world();
+  std::unique_ptr<DataSource> data;
+  std::optional<TraceSession> trace;
+  together(*world, [&] {
+    validate(options, world->size());
+    data = open_data(options);
+    if (!options.trace.empty()) {
+      trace.emplace(trace_path(options.trace, world->rank(), world->size()));
+    }
+  });
+  check_same_data(*world, *data);
+  const ExpertGroups groups = make_expert_groups(world, effective_ep_size(options, world->size()));
+  const StopFlag stop;
+  try {
+    train(options, groups, *data, [&] { return stop.requested(); });
+  } catch (const NotFinite& error) {
+    throw AgreedError(error.what());
+  }
+  if (trace) trace->write();
+}
+
+}  // namespace
+
+int train_program(int argc, char** argv, const OpenData& open_data) {
+  tune_allocator();
+  std::optional<Session> session;
+  try {
+    TrainOptions options{};
+    OptionParser parser("lshmoe-train",
+                        "Trains a mixture-of-experts language model, alone or under mpirun.");
+    add_train_options(parser, options);
+    // The session needs the time-out, and rank 0 of the session is who complains about options.
+    bool help = false;
+    std::exception_ptr bad_options;
+    try {
+      help = !parser.parse(argc, argv, /*print_help=*/false);
+    } catch (const InvalidArgument&) {
+      bad_options = std::current_exception();
+    }
+    SessionOptions session_options;
+    if (!bad_options && !help && options.timeout > 0) {
+      session_options.timeout_seconds = options.timeout;
+    }
+    session.emplace(argc, argv, session_options);
+    together(*session->world(), [&] {
+      if (bad_options) std::rethrow_exception(bad_options);
+    });
+    if (!help) {
+      run(*session, options, open_data);
+    } else if (session->world()->rank() == 0) {
+      std::fputs(parser.help().c_str(), stdout);
+    }
+    return 0;
+  } catch (const AgreedError& error) {
+    if (session->world()->rank() == 0) log_error(error.what());
+  } catch (const std::exception& error) {
+    log_error(error.what());
+    if (session) session->abort(1);
+  }
+  return 1;
+}
+
+}  // namespace lshmoe::launch

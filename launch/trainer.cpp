@@ -1,0 +1,248 @@
+#include "lshmoe/launch/trainer.hpp"
+
+#include <ATen/record_function.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <span>
+
+#include "lshmoe/launch/report.hpp"
+#include "lshmoe/runtime/error.hpp"
+#include "lshmoe/runtime/metrics.hpp"
+
+namespace lshmoe::launch {
+namespace {
+
+class Clock {
+ public:
+  /// Seconds since the last call, or since it was made.
+  double lap() {
+    const auto now = std::chrono::steady_clock::now();
+    const std::chrono::duration<double> passed = now - std::exchange(last_, now);
+    return passed.count();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+/// Weight decay on matrices only: vectors are norms and biases (an expert's bias is [experts, n]).
+std::unique_ptr<torch::optim::AdamW> make_optimiser(const TrainOptions& options,
+                                                    const torch::nn::Module& model) {
+  std::vector<at::Tensor> matrices, vectors;
+  for (const auto& item : model.named_parameters()) {
+    const std::string& name = item.key();
+    const bool bias = name.ends_with(".b1") || name.ends_with(".b2");
+    (item.value().dim() >= 2 && !bias ? matrices : vectors).push_back(item.value());
+  }
+  const auto settings = [&](double weight_decay) {
+    return std::make_unique<torch::optim::AdamWOptions>(
+        torch::optim::AdamWOptions(options.lr).betas({0.9, 0.95}).weight_decay(weight_decay));
+  };
+  std::vector<torch::optim::OptimizerParamGroup> groups;
+  groups.emplace_back(matrices, settings(options.weight_decay));
+  groups.emplace_back(vectors, settings(0.0));
+  return std::make_unique<torch::optim::AdamW>(std::move(groups));
+}
+
+/// Adds up what all ranks have, field by field, in as few collectives as there are operations.
+class Gathered {
+ public:
+  void sum(double& field) { add(sums_, field); }
+  void max(double& field) { add(maxima_, field); }
+  void reduce(Communicator& world) {
+    reduce(world, sums_, ReduceOp::sum);
+    reduce(world, maxima_, ReduceOp::max);
+  }
+
+ private:
+  using Fields = std::vector<double*>;
+  static void add(Fields& fields, double& field) { fields.push_back(&field); }
+  static void reduce(Communicator& world, const Fields& fields, ReduceOp op) {
+    std::vector<double> values;
+    for (const double* field : fields) values.push_back(*field);
+    world.all_reduce(std::span(values), op, Purpose::control);
+    for (std::size_t i = 0; i < fields.size(); ++i) *fields[i] = values[i];
+  }
+  Fields sums_, maxima_;
+};
+
+void add_exchange(StepReport& report, const MoEStats& stats) {
+  report.seconds.experts += stats.expert_seconds;
+  for (const DirectionStats& d : stats.exchange->direction) {
+    report.bytes_sent += static_cast<double>(d.codec_bytes + d.plan_bytes);
+    report.bytes_raw += static_cast<double>(d.bytes_raw);
+    report.rows += static_cast<double>(d.rows);
+    report.clusters += static_cast<double>(d.clusters);
+    report.seconds.codec += d.codec_seconds;
+    report.seconds.alltoall += d.exchange_seconds;
+    report.max_relative_error = std::max(report.max_relative_error, d.max_relative_error);
+    report.max_error_ratio = std::max(report.max_error_ratio, d.max_error_ratio);
+  }
+}
+
+}  // namespace
+
+double learning_rate(const TrainOptions& o, int64_t step) {
+  if (step <= o.warmup_steps) {
+    return o.lr * static_cast<double>(step) / static_cast<double>(o.warmup_steps);
+  }
+  const double done = static_cast<double>(step - o.warmup_steps) /
+                      static_cast<double>(std::max<int64_t>(1, o.steps - o.warmup_steps));
+  return o.min_lr + 0.5 * (o.lr - o.min_lr) * (1.0 + std::cos(M_PI * std::min(1.0, done)));
+}
+
+PhaseSeconds& PhaseSeconds::operator+=(const PhaseSeconds& other) {
+  experts += other.experts;
+  codec += other.codec;
+  alltoall += other.alltoall;
+  gradients += other.gradients;
+  optimiser += other.optimiser;
+  step += other.step;
+  return *this;
+}
+
+Trainer::Trainer(const TrainOptions& options, const ExpertGroups& groups, const DataSource& data)
+    : options_(options),
+      groups_(groups),
+      data_(data),
+      model_(model_options(options, data.vocab_size()), groups),
+      reducer_(groups, *model_),
+      optimiser_(make_optimiser(options, *model_)) {}
+
+StepReport Trainer::step(bool stop) {
+  RECORD_FUNCTION("lshmoe::step", std::vector<c10::IValue>{});
+  Clock whole, phase;
+  StepReport report;
+  report.step = ++step_;
+  report.lr = learning_rate(options_, step_);
+
+  model_->train();
+  const int64_t first = groups_.world->rank() * options_.batch_size;
+  const LanguageModelOutput out =
+      model_->forward(data_.train_windows(step_, first, options_.batch_size));
+  (out.loss + out.aux_loss + out.z_loss).backward();
+
+  phase.lap();
+  reducer_.reduce();
+  report.grad_norm = reducer_.clip_grad_norm(options_.clip_grad);
+  report.seconds.gradients = phase.lap();
+  {
+    RECORD_FUNCTION("lshmoe::optimiser", std::vector<c10::IValue>{});
+    for (auto& group : optimiser_->param_groups()) {
+      static_cast<torch::optim::AdamWOptions&>(group.options()).lr(report.lr);
+    }
+    optimiser_->step();
+    // In place: the next backward adds to the same memory.
+    optimiser_->zero_grad(/*set_to_none=*/false);
+    model_->update_expert_bias();
+  }
+  report.seconds.optimiser = phase.lap();
+
+  report.loss = out.loss.item<double>();
+  report.aux_loss = out.aux_loss.item<double>();
+  for (const MoEStats& stats : out.stats) add_exchange(report, stats);
+  at::Tensor load =
+      at::zeros({static_cast<int64_t>(out.stats.size()), options_.num_experts}, at::kDouble);
+  for (std::size_t layer = 0; layer < out.stats.size(); ++layer) {
+    load.select(0, static_cast<int64_t>(layer)).copy_(out.stats[layer].load);
+  }
+  report.seconds.step = whole.lap();
+
+  const auto world_size = static_cast<double>(groups_.world->size());
+  double stops = stop ? 1.0 : 0.0;
+  Gathered gathered;
+  double* const means[] = {&report.loss,
+                           &report.aux_loss,
+                           &report.seconds.experts,
+                           &report.seconds.codec,
+                           &report.seconds.alltoall,
+                           &report.seconds.gradients,
+                           &report.seconds.optimiser,
+                           &report.seconds.step};
+  for (double* field : means) gathered.sum(*field);
+  for (double* field :
+       {&stops, &report.bytes_sent, &report.bytes_raw, &report.rows, &report.clusters}) {
+    gathered.sum(*field);
+  }
+  for (double& count : std::span(load.data_ptr<double>(), static_cast<std::size_t>(load.numel()))) {
+    gathered.sum(count);
+  }
+  gathered.max(report.max_relative_error);
+  gathered.max(report.max_error_ratio);
+  gathered.reduce(*groups_.world);
+  for (double* field : means) *field /= world_size;
+  report.stop = stops > 0;
+  report.expert_load_max_over_mean =
+      (std::get<0>(load.max(1)) / load.mean(1).clamp_min(1e-300)).max().item<double>();
+
+  if (!std::isfinite(report.loss) || !std::isfinite(report.grad_norm)) {
+    throw NotFinite(detail::message("step ", report.step, ": loss ", report.loss,
+                                    ", gradient norm ", report.grad_norm,
+                                    " (training diverged): lower --lr, or set --clip-grad"));
+  }
+  return report;
+}
+
+double Trainer::evaluate() {
+  RECORD_FUNCTION("lshmoe::evaluate", std::vector<c10::IValue>{});
+  const at::NoGradGuard no_grad;
+  model_->eval();
+  const int64_t windows = data_.num_eval_windows(), ranks = groups_.world->size(),
+                rank = groups_.world->rank();
+  const int64_t first = windows * rank / ranks, end = windows * (rank + 1) / ranks;
+  // Every rank enters the same number of forward passes; one that has no windows left repeats its
+  // last, or the first of all, and does not count it.
+  const int64_t most = (windows + ranks - 1) / ranks;
+  double sums[2] = {0, 0};  // loss x windows, windows
+  for (int64_t done = 0; done < most; done += options_.batch_size) {
+    const int64_t count = std::min(options_.batch_size, end - first - done);
+    const at::Tensor loss =
+        model_
+            ->forward(count > 0 ? data_.eval_windows(first + done, count)
+                                : data_.eval_windows(std::max<int64_t>(0, end - 1), 1))
+            .loss;
+    if (count <= 0) continue;
+    sums[0] += loss.item<double>() * static_cast<double>(count);
+    sums[1] += static_cast<double>(count);
+  }
+  groups_.world->all_reduce(std::span(sums), ReduceOp::sum, Purpose::control);
+  return sums[0] / sums[1];
+}
+
+int64_t Trainer::num_parameters() {
+  int64_t shared = 0, experts = 0;
+  for (const at::Tensor& p : reducer_.shared_parameters()) shared += p.numel();
+  for (const at::Tensor& p : reducer_.expert_parameters()) experts += p.numel();
+  return shared + experts * groups_.expert->size();
+}
+
+int64_t Trainer::tokens_per_step() const {
+  return groups_.world->size() * options_.batch_size * options_.seq_len;
+}
+
+void train(const TrainOptions& options, const ExpertGroups& groups, const DataSource& data,
+           const std::function<bool()>& stop_requested) {
+  Trainer trainer(options, groups, data);
+  std::optional<Reporter> reporter;
+  if (groups.world->rank() == 0) {
+    reporter.emplace(options, groups, data, trainer.num_parameters(), trainer.tokens_per_step());
+  }
+  bool stopped = false;
+  for (int64_t step = 1; step <= options.steps && !stopped; ++step) {
+    StepReport report = trainer.step(stop_requested());
+    stopped = report.stop;
+    // A job that was asked to stop has about a second under mpirun: no evaluation then.
+    const bool due =
+        step == options.steps || (options.eval_every > 0 && step % options.eval_every == 0);
+    Clock clock;
+    if (due && !stopped) report.eval_loss = trainer.evaluate();
+    if (reporter) reporter->add(report, clock.lap());
+  }
+  if (reporter) reporter->summary(stopped);
+}
+
+}  // namespace lshmoe::launch

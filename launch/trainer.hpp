@@ -1,0 +1,85 @@
+#pragma once
+// The training loop.
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "lshmoe/comm/groups.hpp"
+#include "lshmoe/launch/data.hpp"
+#include "lshmoe/launch/language_model.hpp"
+#include "lshmoe/launch/train_options.hpp"
+#include "lshmoe/moe/gradients.hpp"
+
+namespace lshmoe::launch {
+
+/// Linear warm-up to lr over warmup_steps, then a cosine to min_lr at the last step. `step` counts
+/// from 1.
+[[nodiscard]] double learning_rate(const TrainOptions& options, int64_t step);
+
+/// Wall time by phase, seconds; means over the ranks.
+struct PhaseSeconds {
+  double experts = 0, codec = 0, alltoall = 0, gradients = 0, optimiser = 0, step = 0;
+  PhaseSeconds& operator+=(const PhaseSeconds& other);
+};
+
+/// One step, the same on every rank.
+struct StepReport {
+  int64_t step = 0;
+  double loss = 0;  ///< mean over the global batch, nats
+  double aux_loss = 0, lr = 0, grad_norm = 0;
+  double eval_loss = std::numeric_limits<double>::quiet_NaN();  ///< NaN: not evaluated
+  PhaseSeconds seconds;
+  double bytes_sent = 0, bytes_raw = 0;  ///< over the world and the four exchanges of all layers
+  double rows = 0, clusters = 0;         ///< given to the codecs; centroids sent
+  double max_relative_error = 0, max_error_ratio = 0;
+  double expert_load_max_over_mean = 0;  ///< of the least balanced layer
+  bool stop = false;                     ///< some rank was asked to stop
+};
+
+/// Loss or gradient of a step is NaN or infinite. Thrown on every rank alike.
+class NotFinite : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+/// A model, its optimiser, and where they stand. Every member function is collective over the
+/// world.
+class Trainer {
+ public:
+  /// Options as validated. `data` must outlive the trainer.
+  Trainer(const TrainOptions& options, const ExpertGroups& groups, const DataSource& data);
+
+  /// The next optimiser step. `stop`: this rank was asked to stop.
+  /// Throws NotFinite on all ranks when loss or gradient is not finite.
+  [[nodiscard]] StepReport step(bool stop);
+
+  /// Mean loss over the held-out windows, nats; the same windows whatever the layout.
+  [[nodiscard]] double evaluate();
+
+  /// Over all ranks; experts counted once.
+  [[nodiscard]] int64_t num_parameters();
+  [[nodiscard]] int64_t tokens_per_step() const;
+
+ private:
+  TrainOptions options_;
+  ExpertGroups groups_;
+  const DataSource& data_;
+  LanguageModel model_;
+  GradientReducer reducer_;
+  std::unique_ptr<torch::optim::AdamW> optimiser_;
+  int64_t step_ = 0;
+};
+
+/// Trains to the last step, or until `stop_requested` is true on some rank, with evaluations,
+/// metrics and progress lines, and prints the summary on rank 0. Collective.
+void train(const TrainOptions& options, const ExpertGroups& groups, const DataSource& data,
+           const std::function<bool()>& stop_requested);
+
+}  // namespace lshmoe::launch
