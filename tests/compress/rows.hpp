@@ -1,0 +1,121 @@
+#pragma once
+// Rows that codecs are tested with, and a reader of their parcels that shares no code with them.
+
+#include <torch/torch.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "lshmoe/compress/codec.hpp"
+#include "lshmoe/kernels/checksum.hpp"
+
+namespace lshmoe::testing {
+
+inline at::Tensor gaussian(int64_t rows, int64_t hidden, uint64_t seed) {
+  at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(seed);
+  return at::randn({rows, hidden}, generator);
+}
+
+/// Rows near `centres` random centres of unit variance, `spread` around them.
+inline at::Tensor clustered(int64_t rows, int64_t hidden, int64_t centres, double spread,
+                            uint64_t seed) {
+  at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(seed);
+  const at::Tensor centre = at::randn({centres, hidden}, generator);
+  const at::Tensor id = at::randint(centres, {rows}, generator, at::kLong);
+  return centre.index_select(0, id) + spread * at::randn({rows, hidden}, generator);
+}
+
+/// Kinds of rows by name; those in between are what breaks codecs.
+inline const std::vector<std::string>& row_kinds() {
+  static const std::vector<std::string> kinds{"gaussian",  "clustered", "outliers",   "tiny",
+                                              "huge",      "mixed",     "duplicates", "zeros",
+                                              "denormals", "offset"};
+  return kinds;
+}
+inline at::Tensor make_rows(const std::string& kind, int64_t rows, int64_t hidden, uint64_t seed) {
+  at::Tensor x = gaussian(rows, hidden, seed);
+  const at::Tensor number = at::arange(rows).unsqueeze(1);
+  if (kind == "clustered") return clustered(rows, hidden, 5, 0.1, seed);
+  if (kind == "outliers") {
+    x.slice(1, 0, hidden, 7).mul_(1000);
+  } else if (kind == "tiny") {
+    x.mul_(1e-30);
+  } else if (kind == "huge") {
+    x.mul_(1e+30);
+  } else if (kind == "mixed") {
+    x.mul_(at::pow(10.0, 30 * (number % 3 - 1)).to(at::kDouble)).clamp_(-3e38, 3e38);
+    x = x.to(at::kFloat);
+  } else if (kind == "duplicates") {
+    x = x.index_select(0, at::arange(rows).div(4, "floor"));
+  } else if (kind == "zeros") {
+    x.mul_(number % 3 != 0);
+  } else if (kind == "denormals") {
+    x.mul_(1e-40);
+  } else if (kind == "offset") {
+    x.mul_(1e-3).add_(100);  // |x| far above what sets rows apart
+  }
+  return x;
+}
+
+/// The bytes of a tensor, for comparisons bit for bit.
+inline std::vector<uint8_t> bytes_of(const at::Tensor& tensor) {
+  const at::Tensor t = tensor.contiguous();
+  std::vector<uint8_t> bytes(t.nbytes());
+  if (!bytes.empty()) std::memcpy(bytes.data(), t.const_data_ptr(), bytes.size());
+  return bytes;
+}
+inline at::Tensor to_tensor(const std::vector<uint8_t>& bytes) {
+  return at::tensor(at::ArrayRef<uint8_t>(bytes), at::kByte);
+}
+
+/// One number of a parcel, by the table in parcel.hpp.
+template <class T>
+T field(const uint8_t* parcel, std::size_t offset) {
+  T value;
+  std::memcpy(&value, parcel + offset, sizeof value);
+  return value;
+}
+
+/// Writes the checksum that fits the rest of the parcel, so that checks behind it are reached.
+inline void reseal(uint8_t* parcel, std::size_t size) {
+  if (size < 40) return;
+  const std::uint32_t head = kernels::checksum(parcel, 36);
+  const std::uint32_t sum = kernels::checksum(parcel + 40, size - 40, head);
+  std::memcpy(parcel + 36, &sum, sizeof sum);
+}
+
+/// What the row directory of a parcel of kind lsh, restore=expert, says.
+struct Directory {
+  bool all_whole = false, has_mean = false, has_order = false, group_step = false;
+  int64_t centroids = 0;
+  std::vector<int64_t> id;  ///< [rows] 0: no cluster
+  std::vector<bool> whole;  ///< [rows]
+};
+inline Directory read_directory(const uint8_t* parcel) {
+  Directory directory;
+  const auto flags = field<uint8_t>(parcel, 7);
+  const auto rows = field<uint32_t>(parcel, 8), hidden = field<uint32_t>(parcel, 12);
+  directory.all_whole = flags == 1;
+  directory.has_mean = (flags & 2) != 0;
+  directory.has_order = (flags & 4) != 0;
+  directory.group_step = (flags & 8) != 0;
+  directory.centroids = field<uint32_t>(parcel, 16);
+  directory.id.assign(rows, 0);
+  directory.whole.assign(rows, directory.all_whole);
+  if (directory.all_whole) return directory;
+  const std::size_t step = directory.group_step ? 1 : 2;
+  const std::size_t id = directory.centroids == 0 ? 0 : directory.centroids < 256 ? 1 : 2;
+  const std::size_t record = step + id + (hidden + 31) / 32;
+  const uint8_t* at = parcel + 40 + field<uint32_t>(parcel, 32);
+  for (std::size_t i = 0; i < rows; ++i, at += record) {
+    directory.whole[i] = step == 1 ? field<uint8_t>(at, 0) == 255 : field<uint16_t>(at, 0) == 65535;
+    if (id == 1) directory.id[i] = field<uint8_t>(at, step);
+    if (id == 2) directory.id[i] = field<uint16_t>(at, step);
+  }
+  return directory;
+}
+
+}  // namespace lshmoe::testing
