@@ -1,9 +1,9 @@
 #pragma once
 // lshmoe-bench codec: bits, errors and speed of one codec on rows from a file.
 
-namespace lshmoe {
+namespace lshmoe::launch {
 
-/// Runs the subcommand; argv[0] is its name. Prints a table, returns the exit status, throws Error.
-int bench_codec(int argc, char** argv);
+/// Runs the subcommand; argv[0] is its name. Prints a table; throws Error.
+void bench_codec(int argc, const char* const* argv);
 
-}  // namespace lshmoe
+}  // namespace lshmoe::launch

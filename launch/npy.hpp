@@ -1,21 +1,15 @@
 #pragma once
 // Reading .npy files (NumPy's format 1, 2 and 3).
 
-#include <cstdint>
-#include <filesystem>
-#include <vector>
+#include <torch/torch.h>
 
-namespace lshmoe {
+#include <string>
 
-/// A 1-D (columns = 1) or 2-D array, as float32.
-struct Array {
-  std::int64_t rows = 0;
-  std::int64_t columns = 0;
-  std::vector<float> values;  ///< [rows, columns]
-};
+namespace lshmoe::launch {
 
-/// Reads a C-ordered little-endian float16 or float32 array. Throws InvalidArgument for anything
-/// else, and for a file shorter or longer than its header says.
-[[nodiscard]] Array read_npy(const std::filesystem::path& path);
+/// A C-ordered little-endian float16 or float32 array of one dimension ([n, 1]) or two as a tensor
+/// of its own dtype. Throws InvalidArgument for anything else, and for a file shorter or longer
+/// than its header says.
+[[nodiscard]] at::Tensor read_npy(const std::string& path);
 
-}  // namespace lshmoe
+}  // namespace lshmoe::launch

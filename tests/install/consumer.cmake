@@ -1,5 +1,6 @@
 # cmake -DKIND=build_tree|prefix ... -P consumer.cmake: configures, builds and runs a stand-alone
-# project that uses find_package(lshmoe).
+# project that uses find_package(lshmoe): examples/minimal from a fresh install prefix, the README's
+# program from the build tree.
 
 function(run)
   execute_process(COMMAND ${ARGV} RESULT_VARIABLE code OUTPUT_VARIABLE out ERROR_VARIABLE out)
@@ -18,8 +19,14 @@ if(KIND STREQUAL "prefix")
   set(program minimal)
 else()
   set(prefix "${BUILD_DIR}")
-  set(project "${SOURCE_DIR}/tests/install/build_tree")
-  set(program consumer)
+  file(READ "${SOURCE_DIR}/README.md" readme)
+  if(NOT "${readme}" MATCHES "```cpp\n([^`]*int main[^`]*)```")
+    message(FATAL_ERROR "README.md has no program")
+  endif()
+  set(project "${WORK_DIR}/source")
+  file(COPY "${SOURCE_DIR}/tests/install/build_tree/" DESTINATION "${project}")
+  file(WRITE "${project}/main.cpp" "${CMAKE_MATCH_1}")
+  set(program readme)
 endif()
 
 # Not LSHMOE_VENV: the package must know by itself where its torch is.

@@ -1,0 +1,33 @@
+// lshmoe-bench: measurements. One subcommand a file.
+
+#include <cstdio>
+#include <exception>
+#include <string_view>
+
+#include "lshmoe/launch/bench_codec.hpp"
+#include "lshmoe/runtime/log.hpp"
+#include "lshmoe/runtime/memory.hpp"
+
+int main(int argc, char** argv) {
+  constexpr const char* kUsage =
+      "usage: lshmoe-bench SUBCOMMAND [options]\n\n"
+      "  codec   bits, errors and speed of a codec on rows of a file\n\n"
+      "lshmoe-bench SUBCOMMAND --help lists its options.\n";
+  const std::string_view subcommand = argc > 1 ? argv[1] : "";
+  if (subcommand == "--help" || subcommand == "-h") {
+    std::fputs(kUsage, stdout);
+    return 0;
+  }
+  lshmoe::tune_allocator();
+  try {
+    if (subcommand == "codec") {
+      lshmoe::launch::bench_codec(argc - 1, argv + 1);
+      return 0;
+    }
+  } catch (const std::exception& error) {
+    lshmoe::log_error(error.what());
+    return 1;
+  }
+  std::fputs(kUsage, stderr);
+  return 2;
+}
