@@ -79,7 +79,8 @@ void TextFiles::find_files() {
   const bool ids = options_.vocab_size > 0;
   std::uint64_t hash = mix64(static_cast<std::uint64_t>(options_.vocab_size));
   for (const std::string& path : options_.paths) {
-    const bool folder = fs::is_directory(path);
+    std::error_code error;
+    const bool folder = fs::is_directory(path, error);
     for (const fs::path& file : files_at(path)) {
       const bool bin = file.extension() == ".bin";
       if (folder && bin != ids) continue;
@@ -88,7 +89,6 @@ void TextFiles::find_files() {
                       "out to train on bytes");
       LSHMOE_VALIDATE(ids || !bin, "data file '", file.string(),
                       "' holds token ids (*.bin): say how many there are with --vocab-size");
-      std::error_code error;
       const auto bytes = static_cast<int64_t>(fs::file_size(file, error));
       LSHMOE_VALIDATE(!error, "cannot read the data file '", file.string(), "' (", error.message(),
                       "): give --data a regular file or a folder");

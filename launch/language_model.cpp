@@ -104,14 +104,8 @@ at::Tensor LanguageModelImpl::attention(const at::Tensor& x, const Block& block)
   return linear(mixed.transpose(1, 2).reshape({batch, length, hidden}), block.attention_out);
 }
 
-LanguageModelOutput LanguageModelImpl::forward(const at::Tensor& windows) {
-  LSHMOE_VALIDATE(windows.dim() == 2 && windows.size(0) >= 1 && windows.size(1) >= 2,
-                  "the model's input is ", windows.sizes(), " (must be [batch, seq_len + 1])");
-  const int64_t length = windows.size(1) - 1;
-  LanguageModelOutput out;
-  out.aux_loss = at::zeros({});
-  out.z_loss = at::zeros({});
-  at::Tensor x = at::embedding(embedding_, windows.narrow(1, 0, length)).to(options.dtype());
+at::Tensor LanguageModelImpl::logits(const at::Tensor& tokens, LanguageModelOutput& out) {
+  at::Tensor x = at::embedding(embedding_, tokens).to(options.dtype());
   for (Block& block : blocks_) {
     x = x + attention(norm(x, block.attention_norm), block);
     const at::Tensor in = norm(x, block.ffn_norm);
@@ -126,8 +120,16 @@ LanguageModelOutput LanguageModelImpl::forward(const at::Tensor& windows) {
       out.stats.push_back(std::move(moe.stats));
     }
   }
-  const at::Tensor logits = linear(norm(x, final_norm_), embedding_).to(at::kFloat);
-  out.loss = at::cross_entropy_loss(logits.reshape({-1, options.vocab_size()}),
+  return linear(norm(x, final_norm_), embedding_).to(at::kFloat);
+}
+
+LanguageModelOutput LanguageModelImpl::forward(const at::Tensor& windows) {
+  LSHMOE_VALIDATE(windows.dim() == 2 && windows.size(0) >= 1 && windows.size(1) >= 2,
+                  "the model's input is ", windows.sizes(), " (must be [batch, seq_len + 1])");
+  const int64_t length = windows.size(1) - 1;
+  LanguageModelOutput out;
+  const at::Tensor predicted = logits(windows.narrow(1, 0, length), out);
+  out.loss = at::cross_entropy_loss(predicted.view({-1, options.vocab_size()}),
                                     windows.narrow(1, 1, length).reshape({-1}));
   return out;
 }

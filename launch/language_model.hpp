@@ -34,9 +34,10 @@ struct LanguageModelOptions {
 void validate(const LanguageModelOptions& options, int ep_size);
 
 struct LanguageModelOutput {
-  at::Tensor loss;              ///< scalar fp32: mean cross entropy of this rank's tokens, nats
-  at::Tensor aux_loss, z_loss;  ///< scalars: sums over the MoE layers, already scaled
-  std::vector<MoEStats> stats;  ///< one per MoE layer
+  at::Tensor loss;  ///< scalar fp32: mean cross entropy of this rank's tokens, nats
+  at::Tensor aux_loss = at::zeros({});  ///< scalar: sum over the MoE layers, already scaled
+  at::Tensor z_loss = at::zeros({});    ///< the same
+  std::vector<MoEStats> stats;          ///< one per MoE layer
 };
 
 /// Pre-norm (LayerNorm without bias), rotary positions, causal attention, gelu feed-forward
@@ -51,6 +52,11 @@ class LanguageModelImpl : public torch::nn::Module {
   /// windows int64 [batch, seq_len + 1]: the first seq_len tokens are read, the last seq_len
   /// predicted. batch >= 1. Collective over groups.expert, and so is its backward.
   LanguageModelOutput forward(const at::Tensor& windows);
+
+  /// tokens int64 [batch, length] -> logits fp32 [batch, length, vocab_size]; position t sees
+  /// tokens 0 .. t only. Adds the MoE layers' losses and statistics to `out`. Collective as
+  /// forward.
+  at::Tensor logits(const at::Tensor& tokens, LanguageModelOutput& out);
 
   /// See GateImpl::update_expert_bias. Collective over the world.
   void update_expert_bias();

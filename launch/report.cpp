@@ -119,10 +119,11 @@ void Reporter::summary(bool stopped) const {
     print_line(format("  held-out loss   %.4f nats a token", eval_loss_));
   }
   if (sum_.bytes_raw > 0) {
-    print_line(
-        format("  all-to-all      %.1f MiB sent, %.1f MiB raw (bf16): %.1f %%, %.1f MiB saved",
-               sum_.bytes_sent / kMebi, sum_.bytes_raw / kMebi,
-               100 * sum_.bytes_sent / sum_.bytes_raw, (sum_.bytes_raw - sum_.bytes_sent) / kMebi));
+    print_line(format("  all-to-all      %.1f MiB sent, %.1f MiB raw (bf16): %.1f %%, %.1f MiB %s",
+                      sum_.bytes_sent / kMebi, sum_.bytes_raw / kMebi,
+                      100 * sum_.bytes_sent / sum_.bytes_raw,
+                      std::abs(sum_.bytes_raw - sum_.bytes_sent) / kMebi,
+                      sum_.bytes_sent <= sum_.bytes_raw ? "saved" : "more than raw"));
     print_line(format(
         "  codec           %.0f rows and %.1f clusters a step; largest relative error "
         "%.4f, largest share of its bound %.4f",

@@ -55,7 +55,8 @@ void check_same_data(Communicator& world, const DataSource& data) {
   }
 }
 
-void run(Session& session, const TrainOptions& options, const OpenData& open_data) {
+void run(Session& session, const TrainOptions& options, const OpenData& open_data,
+         const StopFlag& stop) {
   const auto world = session.world();
   std::unique_ptr<DataSource> data;
   std::optional<TraceSession> trace;
@@ -68,7 +69,6 @@ void run(Session& session, const TrainOptions& options, const OpenData& open_dat
   });
   check_same_data(*world, *data);
   const ExpertGroups groups = make_expert_groups(world, effective_ep_size(options, world->size()));
-  const StopFlag stop;
   try {
     train(options, groups, *data, [&] { return stop.requested(); });
   } catch (const NotFinite& error) {
@@ -81,41 +81,47 @@ void run(Session& session, const TrainOptions& options, const OpenData& open_dat
 
 int train_program(int argc, char** argv, const OpenData& open_data) {
   tune_allocator();
+  const StopFlag stop;  // before anything that takes time
+  TrainOptions options{};
+  OptionParser parser("lshmoe-train",
+                      "Trains a mixture-of-experts language model, alone or under mpirun.");
+  add_train_options(parser, options);
+  // The session needs the time-out, and rank 0 of the session is who complains about options.
+  bool help = false;
+  std::exception_ptr bad_options;
+  try {
+    help = !parser.parse(argc, argv, /*print_help=*/false);
+  } catch (const InvalidArgument&) {
+    bad_options = std::current_exception();
+  }
+  SessionOptions session_options;
+  if (!bad_options && !help && options.timeout > 0) {
+    session_options.timeout_seconds = options.timeout;
+  }
   std::optional<Session> session;
   try {
-    TrainOptions options{};
-    OptionParser parser("lshmoe-train",
-                        "Trains a mixture-of-experts language model, alone or under mpirun.");
-    add_train_options(parser, options);
-    // The session needs the time-out, and rank 0 of the session is who complains about options.
-    bool help = false;
-    std::exception_ptr bad_options;
-    try {
-      help = !parser.parse(argc, argv, /*print_help=*/false);
-    } catch (const InvalidArgument&) {
-      bad_options = std::current_exception();
-    }
-    SessionOptions session_options;
-    if (!bad_options && !help && options.timeout > 0) {
-      session_options.timeout_seconds = options.timeout;
-    }
     session.emplace(argc, argv, session_options);
-    together(*session->world(), [&] {
-      if (bad_options) std::rethrow_exception(bad_options);
-    });
-    if (!help) {
-      run(*session, options, open_data);
-    } else if (session->world()->rank() == 0) {
-      std::fputs(parser.help().c_str(), stdout);
-    }
-    return 0;
-  } catch (const AgreedError& error) {
-    if (session->world()->rank() == 0) log_error(error.what());
   } catch (const std::exception& error) {
     log_error(error.what());
-    if (session) session->abort(1);
+    return 1;
   }
-  return 1;
+  return session->run([&] {
+    const bool speaks = session->world()->rank() == 0;
+    try {
+      together(*session->world(), [&] {
+        if (bad_options) std::rethrow_exception(bad_options);
+      });
+      if (!help) {
+        run(*session, options, open_data, stop);
+      } else if (speaks) {
+        std::fputs(parser.help().c_str(), stdout);
+      }
+      return 0;
+    } catch (const AgreedError& error) {
+      if (speaks) log_error(error.what());
+      return 1;
+    }
+  });
 }
 
 }  // namespace lshmoe::launch

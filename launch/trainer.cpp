@@ -70,16 +70,28 @@ class Gathered {
   Fields sums_, maxima_;
 };
 
-void add_exchange(StepReport& report, const MoEStats& stats) {
-  report.seconds.experts += stats.expert_seconds;
-  for (const DirectionStats& d : stats.exchange->direction) {
+/// Whether the error bound of that direction's rows is relative to their own norms. Where it is
+/// not, a small row may lose all it has, and its relative error says nothing.
+bool bound_by_row(const CodecOptions& codec, Direction direction) {
+  if (codec.kind() != "lsh") return true;
+  return codec.error_reference().empty() ? direction != Direction::combine
+                                         : codec.error_reference() == "row";
+}
+
+void add_exchange(StepReport& report, const MoEStats& stats, const MoELayerOptions& layer) {
+  report.seconds.experts += *stats.expert_seconds;
+  for (const Direction direction : {Direction::dispatch, Direction::combine,
+                                    Direction::combine_backward, Direction::dispatch_backward}) {
+    const DirectionStats& d = (*stats.exchange)[direction];
     report.bytes_sent += static_cast<double>(d.codec_bytes + d.plan_bytes);
     report.bytes_raw += static_cast<double>(d.bytes_raw);
     report.rows += static_cast<double>(d.rows);
     report.clusters += static_cast<double>(d.clusters);
     report.seconds.codec += d.codec_seconds;
     report.seconds.alltoall += d.exchange_seconds;
-    report.max_relative_error = std::max(report.max_relative_error, d.max_relative_error);
+    if (bound_by_row(layer.codec(direction), direction)) {
+      report.max_relative_error = std::max(report.max_relative_error, d.max_relative_error);
+    }
     report.max_error_ratio = std::max(report.max_error_ratio, d.max_error_ratio);
   }
 }
@@ -144,7 +156,7 @@ StepReport Trainer::step(bool stop) {
 
   report.loss = out.loss.item<double>();
   report.aux_loss = out.aux_loss.item<double>();
-  for (const MoEStats& stats : out.stats) add_exchange(report, stats);
+  for (const MoEStats& stats : out.stats) add_exchange(report, stats, model_->options.moe());
   at::Tensor load =
       at::zeros({static_cast<int64_t>(out.stats.size()), options_.num_experts}, at::kDouble);
   for (std::size_t layer = 0; layer < out.stats.size(); ++layer) {

@@ -1,6 +1,7 @@
 #include "lshmoe/moe/layer.hpp"
 
 #include <chrono>
+#include <memory>
 
 #include "lshmoe/runtime/error.hpp"
 
@@ -29,6 +30,17 @@ ExpertsOptions experts_options(const MoELayerOptions& o, int64_t ffn_hidden_size
       .layer(o.layer())
       .seed(o.seed());
 }
+
+/// Adds up the time between start() and stop().
+struct ExpertTimer {
+  double seconds = 0.0;
+  void start() { since_ = Clock::now(); }
+  void stop() { seconds += std::chrono::duration<double>(Clock::now() - since_).count(); }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point since_;
+};
 
 }  // namespace
 
@@ -118,9 +130,14 @@ MoEOutput MoELayerImpl::forward(const at::Tensor& x) {
   const Dispatched dispatched =
       dispatcher_->dispatch(tokens, routing.topk_ids, routing.topk_weights);
 
-  const auto start = std::chrono::steady_clock::now();
+  const auto timer = std::make_shared<ExpertTimer>();
+  timer->start();
   const at::Tensor expert_output = run_experts(dispatched.rows, dispatched.rows_per_expert);
-  const std::chrono::duration<double> expert_time = std::chrono::steady_clock::now() - start;
+  timer->stop();
+  if (expert_output.requires_grad() && dispatched.rows.requires_grad()) {
+    expert_output.register_hook([timer](const at::Tensor&) { timer->start(); });
+    dispatched.rows.register_hook([timer](const at::Tensor&) { timer->stop(); });
+  }
 
   at::Tensor output = dispatcher_->combine(expert_output, dispatched);
   if (!shared_expert_.is_empty()) {
@@ -134,7 +151,7 @@ MoEOutput MoELayerImpl::forward(const at::Tensor& x) {
   out.stats.tokens_per_expert = dispatched.tokens_per_expert;
   out.stats.load = routing.load;
   out.stats.exchange = dispatched.stats;
-  out.stats.expert_seconds = expert_time.count();
+  out.stats.expert_seconds = std::shared_ptr<const double>(timer, &timer->seconds);
   return out;
 }
 

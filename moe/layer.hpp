@@ -59,13 +59,13 @@ struct MoELayerOptions {
 /// Throws InvalidArgument naming the option, and what it clashes with.
 void validate(const MoELayerOptions& options, int ep_size);
 
-/// Statistics of one forward. The exchange's backward part is filled in by backward().
+/// Statistics of one forward. backward() adds its part to the exchange and to the time.
 struct MoEStats {
   std::vector<int64_t>
       tokens_per_expert;  ///< [num_local_experts] rows that reached this rank's experts
   at::Tensor load;        ///< int64 [num_experts]: choices of this rank
   std::shared_ptr<ExchangeStats> exchange;
-  double expert_seconds = 0.0;  ///< forward of the experts
+  std::shared_ptr<const double> expert_seconds;  ///< in the experts
 };
 
 struct MoEOutput {

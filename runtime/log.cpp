@@ -11,12 +11,13 @@
 namespace lshmoe {
 namespace {
 
-/// %R: the rank at the time of the line, so that lines before the Session was made have none.
+/// %R: "[rank 3] ", the rank at the time of the line; nothing for a process alone.
 class RankFlag : public spdlog::custom_flag_formatter {
  public:
   void format(const spdlog::details::log_msg&, const std::tm&, spdlog::memory_buf_t& out) override {
     const int rank = process_rank();
-    const std::string text = rank < 0 ? "no rank" : "rank " + std::to_string(rank);
+    if (rank < 0) return;
+    const std::string text = "[rank " + std::to_string(rank) + "] ";
     out.append(text.data(), text.data() + text.size());
   }
   std::unique_ptr<custom_flag_formatter> clone() const override {
@@ -29,7 +30,7 @@ spdlog::logger& logger() {
     auto made = std::make_shared<spdlog::logger>("lshmoe",
                                                  std::make_shared<spdlog::sinks::stderr_sink_mt>());
     auto formatter = std::make_unique<spdlog::pattern_formatter>();
-    formatter->add_flag<RankFlag>('R').set_pattern("[%H:%M:%S] [%R] [%l] %v");
+    formatter->add_flag<RankFlag>('R').set_pattern("[%H:%M:%S] %R[%l] %v");
     made->set_formatter(std::move(formatter));
     made->flush_on(spdlog::level::info);
     return made;

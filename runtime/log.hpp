@@ -5,7 +5,8 @@
 
 namespace lshmoe {
 
-/// "[time] [rank R] [level] text" on stderr; thread-safe, local. log_info is silent on ranks > 0.
+/// "[time] [rank R] [level] text" on stderr, without the rank where there is but one process;
+/// thread-safe, local. log_info is silent on ranks > 0.
 void log_info(const std::string& text);
 void log_warn(const std::string& text);
 void log_error(const std::string& text);

@@ -86,12 +86,16 @@ TEST(Log, EveryLineNamesTheRankAndOnlyRankZeroInforms) {
   log_error(Error("said once").what());
   set_process_rank(0);
   log_info("informed");
+  set_process_rank(-1);
+  log_error("alone");
   set_process_rank(before);
   const std::string text = ::testing::internal::GetCapturedStderr();
   EXPECT_EQ(text.find("hidden"), std::string::npos) << text;
   EXPECT_NE(text.find("[rank 3] [warning] shown {}"), std::string::npos) << text;
   EXPECT_NE(text.find("[rank 3] [error] said once"), std::string::npos) << text;
   EXPECT_NE(text.find("[rank 0] [info] informed"), std::string::npos) << text;
+  // "[hh:mm:ss] [error] alone": no rank between.
+  EXPECT_EQ(text.find("[error] alone") - text.find('\n', text.find("informed")), 12u) << text;
 }
 
 TEST(Error, TextCarriesTheRank) {
