@@ -26,6 +26,8 @@ std::string_view name_of(Purpose purpose) {
       return "dispatch_backward";
     case Purpose::gradients:
       return "gradients";
+    case Purpose::codec_state:
+      return "codec_state";
     case Purpose::checkpoint:
       return "checkpoint";
     case Purpose::count_:

@@ -32,6 +32,7 @@ enum class Purpose : std::uint8_t {
   combine_backward,   ///< gradients of the outputs to the experts
   dispatch_backward,  ///< gradients of the rows back to their source
   gradients,          ///< gradient reduction
+  codec_state,        ///< learned state of the codecs, and the samples it is fitted to
   checkpoint,         ///< saving and loading
   count_              ///< number of purposes
 };

@@ -93,6 +93,19 @@ void validate(const CodecOptions& options) {
                   " must be 0 to 100");
   LSHMOE_VALIDATE(options.max_clusters() >= 0 && options.max_clusters() <= 65535, "max_clusters ",
                   options.max_clusters(), " must be 0 (no clusters) to 65535");
+  LSHMOE_VALIDATE(options.state() == "batch" || options.state() == "learned", "unknown state '",
+                  options.state(), "': use batch or learned");
+  LSHMOE_VALIDATE(options.transform() == "channels" || options.transform() == "basis",
+                  "unknown transform '", options.transform(), "': use channels or basis");
+  LSHMOE_VALIDATE(options.transform() == "channels" || options.state() == "learned",
+                  "transform basis needs state learned (a parcel cannot carry a basis): set it, or "
+                  "use transform channels");
+  LSHMOE_VALIDATE(options.codebook_size() >= 0 && options.codebook_size() <= 65535,
+                  "codebook_size ", options.codebook_size(), " must be 0 (no codebook) to 65535");
+  LSHMOE_VALIDATE(options.refresh_every() >= 1, "refresh_every ", options.refresh_every(),
+                  " must be 1 or more");
+  LSHMOE_VALIDATE(options.sample_rows() >= 0, "sample_rows ", options.sample_rows(),
+                  " must be 0 (the default) or more");
   LSHMOE_VALIDATE(std::isfinite(options.alpha()), "alpha ", options.alpha(), " must be finite");
 }
 
@@ -111,6 +124,10 @@ std::shared_ptr<Codec> make_codec(const CodecOptions& options, const CodecContex
 
 Codec::Codec(CodecOptions options, CodecContext context)
     : options_(std::move(options)), context_(context) {}
+
+void Codec::observe(const at::Tensor& /*x*/, const at::Tensor& /*row_index*/) {}
+bool Codec::refresh(Communicator& /*comm*/) { return false; }
+StateStats Codec::state_stats() const { return {}; }
 
 Encoded Codec::encode(const at::Tensor& x, const at::Tensor& row_index,
                       const std::vector<int64_t>& rows_per_group) const {

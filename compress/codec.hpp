@@ -11,6 +11,7 @@
 #include <string_view>
 #include <vector>
 
+#include "lshmoe/comm/communicator.hpp"
 #include "lshmoe/compress/parcel.hpp"
 
 namespace lshmoe {
@@ -43,6 +44,20 @@ struct CodecOptions {
   TORCH_ARG(int64_t, refine) = 1;
   /// Largest number of clusters a group may keep; 0 = no clusters. Kept only where they save bytes.
   TORCH_ARG(int64_t, max_clusters) = 128;
+  /// lsh, restore=expert. batch: a parcel explains itself. learned: both ends know a codebook and a
+  /// channel order (or basis), fitted now and then to what was sent; before the first refresh, and
+  /// wherever it is cheaper, a parcel explains itself.
+  TORCH_ARG(std::string, state) = "batch";
+  /// learned: centroids of the codebook at most.
+  TORCH_ARG(int64_t, codebook_size) = 1024;
+  /// What residuals are coded in. channels: ordered by energy. basis (learned only): turned into
+  /// the directions of their second moment; 2 hidden^2 operations a row at each end.
+  TORCH_ARG(std::string, transform) = "channels";
+  /// learned: refresh() fits at its calls 1, 2, 4, ... below refresh_every, then at each multiple.
+  TORCH_ARG(int64_t, refresh_every) = 100;
+  /// learned: rows that a fit sees, over the whole group. 0: 4,096, with a basis 10 x hidden_size
+  /// at least.
+  TORCH_ARG(int64_t, sample_rows) = 0;
   /// restore=source: y = E(c) + alpha (x - c'). 1 is the paper.
   TORCH_ARG(double, alpha) = 0.0;
   /// Of the projection; independent of the seeds of parameters and data.
@@ -68,6 +83,16 @@ struct CodecStats {
   double max_error_ratio = 0.0;      ///< largest error over its own bound, <= 1; 0 without a bound
 };
 
+/// The learned state of one codec; zeros without one.
+struct StateStats {
+  int64_t version = 0;       ///< counts the fits; 0: none yet
+  int64_t centroids = 0;     ///< of the codebook
+  int64_t state_bytes = 0;   ///< of the state as it travels
+  int64_t memory_bytes = 0;  ///< held by this process: two versions and the sample
+  int64_t bytes_sent = 0;    ///< by this process in all refreshes: samples and states
+  double seconds = 0.0;      ///< spent in refresh(), waiting included
+};
+
 struct Encoded {
   at::Tensor bytes;  ///< uint8 [sum], CPU, one parcel a group, one after another
   std::vector<int64_t> bytes_per_group;  ///< [groups]; 0 for a group without rows
@@ -83,7 +108,8 @@ struct Decoded {
   std::vector<int64_t> rows_per_group;  ///< [groups]
 };
 
-/// Thread-compatible: const in use, no state between calls (state=batch).
+/// Thread-compatible. encode and decode keep nothing between calls; observe and refresh change what
+/// they use (state=learned).
 class Codec {
  public:
   Codec(const Codec&) = delete;
@@ -116,6 +142,18 @@ class Codec {
   /// Decodes into a new tensor, trusting the parcels' own (checked) row counts.
   [[nodiscard]] Decoded decode(const at::Tensor& bytes,
                                const std::vector<int64_t>& bytes_per_group) const;
+
+  /// state=learned: offers rows, as encode takes them, as a sample for the next fit. Call it once
+  /// for each encode of a training forward or backward; free where no fit is due. Else a no-op.
+  /// Local.
+  virtual void observe(const at::Tensor& x, const at::Tensor& row_index);
+
+  /// state=learned: where a fit is due, fits the state to the rows observed by all ranks of `comm`
+  /// since the last one; every rank gets the same bits. The former version stays known to decode.
+  /// Call it once an optimiser step, between a backward and the next forward, on all ranks of the
+  /// group alike. Collective over `comm`. Returns whether the version changed. Else a no-op.
+  virtual bool refresh(Communicator& comm);
+  [[nodiscard]] virtual StateStats state_stats() const;
 
  protected:
   Codec(CodecOptions options, CodecContext context);

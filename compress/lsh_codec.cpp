@@ -2,13 +2,18 @@
 
 #include <algorithm>
 #include <bit>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <span>
+#include <unordered_map>
 #include <utility>
 
 #include "lshmoe/compress/clusters.hpp"
+#include "lshmoe/compress/learned_state.hpp"
 #include "lshmoe/compress/row_coder.hpp"
+#include "lshmoe/compress/state_coder.hpp"
 #include "lshmoe/kernels/lsh.hpp"
 #include "lshmoe/kernels/rows.hpp"
 #include "lshmoe/runtime/error.hpp"
@@ -21,6 +26,7 @@ constexpr std::uint8_t kAllWhole = 1;   // the body is the rows as they are
 constexpr std::uint8_t kHasMean = 2;    // the shared part has the group's mean
 constexpr std::uint8_t kHasOrder = 4;   // ... the channel order
 constexpr std::uint8_t kGroupStep = 8;  // ... one step (reference group); rows have fractions of it
+constexpr std::uint8_t kBasis = 16;     // coefficients in the learned state's basis
 
 // bf16 rows cannot be rebuilt to less than about half a unit in their last place.
 constexpr double kLeastErrorBfloat16 = 0.004;
@@ -28,9 +34,6 @@ constexpr double kLeastErrorBfloat16 = 0.004;
 constexpr double kMeanError = 0.05;
 constexpr double kCentroidError = 0.1;
 
-std::size_t id_bytes(std::int64_t centroids) {
-  return centroids == 0 ? 0 : centroids < 256 ? 1 : 2;
-}
 int class_bits(std::int64_t bands) {
   return static_cast<int>(std::bit_width(static_cast<std::uint64_t>(bands - 1)));
 }
@@ -141,14 +144,133 @@ class LshCodec final : public Codec {
         whole_(!source_ &&
                (options.max_error() == 0 ||
                 (context.dtype == at::kBFloat16 && options.max_error() < kLeastErrorBfloat16))),
+        learned_(!source_ && !whole_ && options.state() == "learned"),
         projection_(whole_ ? std::vector<float>()
                            : projection_matrix(options, context.hidden_size, context.layer)) {}
+
+  void observe(const at::Tensor& x, const at::Tensor& row_index) override {
+    if (!learned_ || !fit_is_due(refreshes_ + 1) || x.numel() == 0) return;
+    const at::Tensor rows = x.contiguous();
+    const int64_t hidden = context().hidden_size, most = sample_rows();
+    const int64_t count = row_index.defined() ? row_index.numel() : rows.size(0);
+    const auto* from = static_cast<const T*>(rows.const_data_ptr());
+    const int64_t* index = row_index.defined() ? row_index.const_data_ptr<int64_t>() : nullptr;
+    const int64_t stride = (count + most - 1) / most;
+    for (int64_t i = 0; i < count; i += stride) {
+      const T* row = from + (index != nullptr ? index[i] : i) * hidden;
+      sample_.insert(sample_.end(), row, row + hidden);
+    }
+    // Too many by now: every second one goes.
+    for (auto have = static_cast<int64_t>(sample_.size()) / hidden; have > most; have /= 2) {
+      for (int64_t i = 0; i < have / 2; ++i) {
+        std::copy_n(sample_.begin() + 2 * i * hidden, hidden, sample_.begin() + i * hidden);
+      }
+      sample_.resize(static_cast<std::size_t>(have / 2 * hidden));
+    }
+  }
+
+  bool refresh(Communicator& comm) override {
+    if (!learned_ || !fit_is_due(++refreshes_)) return false;
+    const auto start = std::chrono::steady_clock::now();
+    const Traffic before = comm.traffic(Purpose::codec_state);
+    constexpr int kRoot = 0;
+    const std::vector<std::uint8_t> mine = sample_parcel(comm.size());
+    sample_ = {};
+    const auto parcels = comm.gather(std::as_bytes(std::span(mine)), kRoot, Purpose::codec_state);
+    std::vector<std::uint8_t> bytes;
+    if (comm.rank() == kRoot) {
+      const at::Tensor rows = sample_of(parcels);
+      if (rows.size(0) > 0) {
+        bytes = to_bytes(fit_state(rows, options(), by_group_, projection_, next_version()));
+      }
+    }
+    std::uint64_t size = bytes.size();
+    comm.broadcast(&size, sizeof size, kRoot, Purpose::codec_state);
+    LSHMOE_VALIDATE(size < (std::uint64_t{1} << 40), "a learned state of ", size,
+                    " bytes is announced (no such state exists): the bytes are damaged");
+    bytes.resize(size);
+    if (size > 0) {
+      comm.broadcast(bytes.data(), size, kRoot, Purpose::codec_state);
+      previous_ = std::move(current_);
+      current_ = std::make_shared<const LearnedState>(
+          state_from_bytes(bytes, context().hidden_size, options(), projection_));
+      state_stats_.version = current_->version;
+      state_stats_.centroids = current_->centroids;
+      state_stats_.state_bytes = static_cast<int64_t>(size);
+    }
+    state_stats_.bytes_sent +=
+        static_cast<int64_t>(comm.traffic(Purpose::codec_state).bytes_sent - before.bytes_sent);
+    state_stats_.seconds +=
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    return size > 0;
+  }
+
+  [[nodiscard]] StateStats state_stats() const override {
+    StateStats stats = state_stats_;
+    stats.memory_bytes = static_cast<int64_t>(sample_.capacity() * sizeof(T));
+    for (const auto& state : {current_, previous_}) {
+      if (state) stats.memory_bytes += state->memory_bytes();
+    }
+    return stats;
+  }
 
  private:
   bool source_;
   bool by_group_;
   bool whole_;  // every row travels as it is
+  bool learned_;
   std::vector<float> projection_;
+
+  // state=learned. Parcels of the former version may still be on their way to decode.
+  std::shared_ptr<const LearnedState> current_, previous_;
+  std::vector<T> sample_;  // [rows, hidden]
+  int64_t refreshes_ = 0;  // calls of refresh
+  StateStats state_stats_;
+
+  [[nodiscard]] bool fit_is_due(int64_t call) const {
+    return call < options().refresh_every() ? std::has_single_bit(static_cast<std::uint64_t>(call))
+                                            : call % options().refresh_every() == 0;
+  }
+  [[nodiscard]] int64_t sample_rows() const {
+    if (options().sample_rows() > 0) return options().sample_rows();
+    const bool basis = options().transform() == "basis";
+    return std::max<int64_t>(4096, basis ? 10 * context().hidden_size : 0);
+  }
+  [[nodiscard]] std::uint32_t next_version() const { return current_ ? current_->version + 1 : 1; }
+
+  // This rank's part of the sample, coded more finely than the rows are.
+  [[nodiscard]] std::vector<std::uint8_t> sample_parcel(int ranks) const {
+    const int64_t hidden = context().hidden_size;
+    const int64_t have = static_cast<int64_t>(sample_.size()) / hidden;
+    if (have == 0) return {};
+    const int64_t most = (sample_rows() + ranks - 1) / ranks;
+    const int64_t stride = (have + most - 1) / most;
+    const at::Tensor rows =
+        at::from_blob(const_cast<T*>(sample_.data()), {have, hidden}, at::dtype(context().dtype));
+    const at::Tensor index = at::arange(0, have, stride, at::kLong);
+    const Encoded encoded = sample_codec()->encode(rows, index, {index.numel()});
+    const auto* bytes = encoded.bytes.template const_data_ptr<std::uint8_t>();
+    return {bytes, bytes + encoded.bytes.numel()};
+  }
+  [[nodiscard]] at::Tensor sample_of(const std::vector<std::vector<std::byte>>& parcels) const {
+    const auto codec = sample_codec();
+    std::vector<at::Tensor> rows;
+    for (const auto& parcel : parcels) {
+      const auto size = static_cast<int64_t>(parcel.size());
+      at::Tensor bytes = at::empty({size}, at::kByte);
+      std::copy(parcel.begin(), parcel.end(), static_cast<std::byte*>(bytes.mutable_data_ptr()));
+      rows.push_back(codec->decode(bytes, {size}).rows.to(at::kFloat));
+    }
+    return at::cat(rows);
+  }
+  [[nodiscard]] std::shared_ptr<Codec> sample_codec() const {
+    return std::make_shared<LshCodec<T>>(CodecOptions(options())
+                                             .state("batch")
+                                             .transform("channels")
+                                             .error_reference("row")
+                                             .max_error(std::min(0.05, options().max_error())),
+                                         context());
+  }
 
   ParcelKind parcel_kind() const override {
     return source_ ? ParcelKind::lsh_source : ParcelKind::lsh_expert;
@@ -172,13 +294,16 @@ class LshCodec final : public Codec {
     Encoded encoded;
     Stream stream;
     Workspace work;
+    LearnedRows learned;
+    if (current_ && !by_group_) learned = encode_once(source, work);
     int64_t first = 0;
     for (const int64_t rows : rows_per_group) {
       const std::size_t before = stream.bytes.size();
       const std::int64_t centroids_before = stream.centroid_count;
       if (rows > 0) {
-        load(source, first, rows, work);
-        if (source_) {
+        if (current_) {
+          encode_with_state(source, first, rows, learned, work, stream, encoded.stats);
+        } else if (load(source, first, rows, work); source_) {
           encode_centroids(rows, work, stream, encoded.stats);
         } else {
           encode_rows(rows, work, stream, encoded.stats);
@@ -299,13 +424,9 @@ class LshCodec final : public Codec {
 
   // restore=expert -------------------------------------------------------------------------------
 
-  void encode_rows(int64_t rows, Workspace& work, Stream& stream, CodecStats& stats) const {
-    const int64_t hidden = context().hidden_size;
+  // The rows' bounds. Returns the step that they take fractions of, 0: every row its own.
+  float set_bounds(int64_t rows, Workspace& work) const {
     const auto n = static_cast<std::size_t>(rows);
-    if (whole_) {
-      append_whole(rows, work, stream, stats);
-      return;
-    }
     work.bound.resize(n);
     double squared = 0;
     for (std::size_t i = 0; i < n; ++i) squared += work.norm[i] * work.norm[i];
@@ -313,23 +434,29 @@ class LshCodec final : public Codec {
     for (std::size_t i = 0; i < n; ++i) {
       work.bound[i] = by_group_ ? group_bound : options().max_error() * work.norm[i];
     }
-    // Twice the step that fits rows of evenly spread values: nearly all rows can use a fraction.
-    const double even_step = group_bound * std::sqrt(12.0 / static_cast<double>(hidden));
-    const double group_step = 2.5 * even_step;
-    StepCode steps;
-    bool grouped = false;
-    float step_on_wire = 0;
-    if (by_group_ && group_step >= 4 * static_cast<double>(kernels::kMinStep) &&
-        group_step <= static_cast<double>(kernels::kMaxStep)) {
-      grouped = true;
-      step_on_wire = kernels::step_value(kernels::step_code(static_cast<float>(group_step)));
-      steps = StepCode(step_on_wire);
+    if (!by_group_) return 0;
+    // 2.5 times the step that fits evenly spread values: nearly all rows can use a fraction.
+    const double step =
+        2.5 * group_bound * std::sqrt(12.0 / static_cast<double>(context().hidden_size));
+    const bool usable = step >= 4 * static_cast<double>(kernels::kMinStep) &&
+                        step <= static_cast<double>(kernels::kMaxStep);
+    return usable ? kernels::step_value(kernels::step_code(static_cast<float>(step))) : 0;
+  }
+
+  void encode_rows(int64_t rows, Workspace& work, Stream& stream, CodecStats& stats) const {
+    const int64_t hidden = context().hidden_size;
+    const auto n = static_cast<std::size_t>(rows);
+    if (whole_) {
+      append_whole(rows, work, stream, stats);
+      return;
     }
-
+    const float step_on_wire = set_bounds(rows, work);
+    const bool grouped = step_on_wire > 0;
+    const StepCode steps(step_on_wire);
     RowCoder<float> base_coder(hidden, StepCode(), 0);
-    Plan plan = choose_plan(rows, steps, work, base_coder);
+    Plan plan = choose_plan(rows, steps, work, base_coder, options().max_clusters() > 0);
 
-    RowCoder<T> coder(hidden, steps, id_bytes(plan.clusters.count));
+    RowCoder<T> coder(hidden, steps, centroid_id_bytes(plan.clusters.count));
     const RowLayout& layout = coder.layout();
     const bool has_order = !plan.order.empty();
     const auto shared_bytes =
@@ -410,15 +537,127 @@ class LshCodec final : public Codec {
     stream.centroid_count += plan.clusters.count;
   }
 
+  // state=learned --------------------------------------------------------------------------------
+
+  // Rows coded against the current state. number: stream row -> row here (empty: the same).
+  struct LearnedRows {
+    StateRows coded;
+    std::vector<std::int64_t> number;
+    std::vector<double> norm, bound;
+  };
+
+  // Reference row: nothing of a row's bytes depends on its group, so a token that goes to several
+  // ranks is coded once.
+  LearnedRows encode_once(const Source& source, Workspace& work) const {
+    LearnedRows learned;
+    std::unordered_map<std::int64_t, std::int64_t> seen;
+    std::vector<std::int64_t> tokens;
+    seen.reserve(static_cast<std::size_t>(source.rows));
+    for (int64_t i = 0; i < source.rows; ++i) {
+      const auto [at, added] = seen.try_emplace(source.row(i), tokens.size());
+      if (added) tokens.push_back(source.row(i));
+      learned.number.push_back(at->second);
+    }
+    const auto count = static_cast<int64_t>(tokens.size());
+    if (count == 0) return learned;
+    load({source.data, tokens.data(), count}, 0, count, work);
+    static_cast<void>(set_bounds(count, work));
+    learned.coded = StateCoder<T>(*current_, StepCode(), options(), projection_)
+                        .encode(work.x.data(), count, work.norm.data(), work.bound.data());
+    learned.norm = work.norm;
+    learned.bound = work.bound;
+    return learned;
+  }
+
+  void encode_with_state(const Source& source, int64_t first, int64_t rows, LearnedRows& learned,
+                         Workspace& work, Stream& stream, CodecStats& stats) const {
+    const int64_t hidden = context().hidden_size;
+    const auto n = static_cast<std::size_t>(rows);
+    float step_on_wire = 0;
+    if (by_group_) {
+      load(source, first, rows, work);
+      step_on_wire = set_bounds(rows, work);
+      learned.coded = StateCoder<T>(*current_, StepCode(step_on_wire), options(), projection_)
+                          .encode(work.x.data(), rows, work.norm.data(), work.bound.data());
+      learned.norm = work.norm;
+      learned.bound = work.bound;
+    }
+    const StateRows& coded = learned.coded;
+    const auto number = [&](std::size_t i) {
+      return learned.number.empty()
+                 ? i
+                 : static_cast<std::size_t>(learned.number[static_cast<std::size_t>(first) + i]);
+    };
+    std::size_t bytes = 0;
+    for (std::size_t i = 0; i < n; ++i) bytes += coded.bytes(number(i));
+    // A group that its own parcel explains in less, like one of equal rows, or after a change that
+    // the state has not seen yet.
+    const RowLayout plain(hidden, StepCode(step_on_wire).bytes(), 0, sizeof(T));
+    const double payload_bits =
+        8.0 * static_cast<double>(bytes - std::min(bytes, n * plain.record_bytes));
+    if (explained_bits(source, first, rows) < 0.95 * payload_bits || bytes >= n * whole_bytes()) {
+      load(source, first, rows, work);
+      encode_rows(rows, work, stream, stats);
+      return;
+    }
+
+    const std::size_t begin = stream.bytes.size();
+    const std::size_t shared_bytes = step_on_wire > 0 ? 4 : 0;
+    ParcelHeader header;
+    header.kind = parcel_kind();
+    header.dtype = context().dtype;
+    header.flags = static_cast<std::uint8_t>((step_on_wire > 0 ? kGroupStep : 0) |
+                                             (current_->basis.defined() ? kBasis : 0));
+    header.rows = static_cast<std::uint32_t>(rows);
+    header.hidden_size = static_cast<std::uint32_t>(hidden);
+    header.centroids = coded.codebook ? static_cast<std::uint32_t>(current_->centroids) : 0;
+    header.state_version = current_->version;
+    header.shared_bytes = static_cast<std::uint32_t>(shared_bytes);
+    header.body_bytes = bytes;
+    stream.bytes.resize(begin + ParcelHeader::kBytes + shared_bytes + bytes);
+    std::uint8_t* out = stream.bytes.data() + begin + ParcelHeader::kBytes;
+    if (shared_bytes > 0) std::memcpy(out, &step_on_wire, 4);
+    std::uint8_t* record = out + shared_bytes;
+    std::uint8_t* payload = record + n * coded.record_bytes;
+    for (std::size_t i = 0; i < n; ++i, record += coded.record_bytes) {
+      const std::size_t row = number(i);
+      std::memcpy(record, coded.records.data() + row * coded.record_bytes, coded.record_bytes);
+      const auto from = coded.payloads.begin() + static_cast<std::ptrdiff_t>(coded.offsets[row]);
+      const auto size = static_cast<std::ptrdiff_t>(coded.offsets[row + 1] - coded.offsets[row]);
+      payload = std::copy(from, from + size, payload);
+      stats.whole_rows += coded.whole[row] ? 1 : 0;
+      add_error(coded.errors[row], learned.bound[row], learned.norm[row], stream, stats);
+    }
+    seal_parcel(header, {stream.bytes.data() + begin, stream.bytes.size() - begin});
+    stream.assignment.insert(stream.assignment.end(), n, -1);
+  }
+
+  // Bits, as Plan::bits counts them, of a parcel that explains itself and has no clusters; from a
+  // sample of the rows.
+  double explained_bits(const Source& source, int64_t first, int64_t rows) const {
+    constexpr int64_t kSample = 64;
+    const int64_t stride = std::max<int64_t>(1, rows / kSample);
+    std::vector<std::int64_t> sample;
+    for (int64_t i = 0; i < rows; i += stride) sample.push_back(source.row(first + i));
+    const auto count = static_cast<int64_t>(sample.size());
+    Workspace work;
+    load({source.data, sample.data(), count}, 0, count, work);
+    const StepCode steps(set_bounds(count, work));
+    RowCoder<float> base_coder(context().hidden_size, StepCode(), 0);
+    const double bits = choose_plan(count, steps, work, base_coder, /*clusters=*/false).bits;
+    return bits * static_cast<double>(rows) / static_cast<double>(count);
+  }
+
   // How the rows of one group are coded: what pays, by measuring a sample of them.
   struct Plan {
     Clusters clusters;
     Base base;
     std::vector<std::int32_t> order;  // empty: the channels as they are
+    double bits = 0;                  // estimated; without steps, band indices and header
   };
 
   Plan choose_plan(int64_t rows, const StepCode& steps, Workspace& work,
-                   RowCoder<float>& base_coder) const {
+                   RowCoder<float>& base_coder, bool clusters) const {
     const int64_t hidden = context().hidden_size;
     const auto n = static_cast<std::size_t>(rows);
     const std::int64_t bands = base_coder.layout().bands;
@@ -430,7 +669,6 @@ class LshCodec final : public Codec {
 
     Plan best;
     best.clusters.assignment.assign(n, -1);
-    double best_bits = 0;
     bool first = true;
     const auto consider = [&](Plan&& plan) {
       const auto bases = natural_bases(plan, hidden);
@@ -452,17 +690,16 @@ class LshCodec final : public Codec {
       }
       const double scale = static_cast<double>(rows) / samples;
       const double shared = 8.0 * (static_cast<double>(plan.base.bytes()) +
-                                   static_cast<double>(n * id_bytes(plan.clusters.count)));
+                                   static_cast<double>(n * centroid_id_bytes(plan.clusters.count)));
       const double bits_plain = scale * static_cast<double>(plain) + shared;
       const double bits_ordered = scale * static_cast<double>(ordered) + shared + order_cost;
       // Centroids are coded in the channel order: it stays with them.
       const bool keep_order =
           !plan.order.empty() && (plan.clusters.count > 0 || bits_ordered < bits_plain);
-      const double bits = keep_order ? bits_ordered : bits_plain;
-      if (first || bits < best_bits) {
+      plan.bits = keep_order ? bits_ordered : bits_plain;
+      if (first || plan.bits < best.bits) {
         if (!keep_order) plan.order.clear();
         best = std::move(plan);
-        best_bits = bits;
       }
       first = false;
     };
@@ -485,7 +722,7 @@ class LshCodec final : public Codec {
       plan.order = channel_order(rows, plan, work);
       consider(std::move(plan));
     }
-    if (!usable_mean || options().max_clusters() == 0) return best;
+    if (!usable_mean || !clusters) return best;
     const double scale = project(rows, mean.data(), work);
     if (scale <= 0) return best;
     std::vector<float> squared_bound(n);
@@ -560,17 +797,7 @@ class LshCodec final : public Codec {
         energy[static_cast<std::size_t>(j)] += value * value;
       }
     }
-    std::vector<std::int32_t> order(static_cast<std::size_t>(hidden));
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
-      return energy[static_cast<std::size_t>(a)] > energy[static_cast<std::size_t>(b)];
-    });
-    for (std::size_t band = 0; band < order.size(); band += kernels::kBandValues) {
-      std::sort(order.begin() + static_cast<std::ptrdiff_t>(band),
-                order.begin() + static_cast<std::ptrdiff_t>(
-                                    std::min(order.size(), band + kernels::kBandValues)));
-    }
-    return order;
+    return order_by_energy(energy);
   }
 
   void append_whole(int64_t rows, const Workspace& work, Stream& stream, CodecStats& stats) const {
@@ -624,10 +851,22 @@ class LshCodec final : public Codec {
       }
       return;
     }
-    LSHMOE_VALIDATE((header.flags & ~(kHasMean | kHasOrder | kGroupStep)) == 0,
+    const bool with_state = header.state_version != 0;
+    LSHMOE_VALIDATE((header.flags &
+                     ~(with_state ? kGroupStep | kBasis : kHasMean | kHasOrder | kGroupStep)) == 0,
                     "decode: a parcel has unknown flags (damaged parcel)");
-    Shared shared = read_shared(parcel);
-    RowCoder<T> coder(hidden, shared.steps, id_bytes(header.centroids));
+    const LearnedState* state = with_state ? &state_of_version(header) : nullptr;
+    const Shared shared = read_shared(parcel, state);
+    if ((header.flags & kBasis) != 0) {
+      std::vector<std::int64_t> to(n);
+      for (std::size_t i = 0; i < n; ++i) to[i] = sink.row(static_cast<int64_t>(i));
+      StateCoder<T>(*state, shared.steps, options(), projection_)
+          .decode_with_basis(out, to.data(), header.rows, parcel.body, header.centroids > 0);
+      return;
+    }
+    const std::vector<std::int32_t>& order = state != nullptr ? state->order : shared.order;
+    const float* bases = state != nullptr ? state->ordered_bases.data() : shared.bases.data();
+    RowCoder<T> coder(hidden, shared.steps, centroid_id_bytes(header.centroids));
     const RowLayout& layout = coder.layout();
     LSHMOE_VALIDATE(n <= parcel.body.size() / layout.record_bytes, "decode: a parcel of ",
                     parcel.body.size(), " bytes says it has ", n, " rows (damaged parcel)");
@@ -643,12 +882,12 @@ class LshCodec final : public Codec {
       LSHMOE_VALIDATE(id <= header.centroids, "decode: row ", i, " names centroid ", id, " of ",
                       header.centroids, " (damaged parcel)");
       T* to = out + sink.row(static_cast<int64_t>(i)) * hidden;
-      const float* base = shared.bases.data() + static_cast<std::int64_t>(id) * hidden;
-      if (shared.order.empty() || coder.is_whole(record)) {
+      const float* base = bases + static_cast<std::int64_t>(id) * hidden;
+      if (order.empty() || coder.is_whole(record)) {
         coder.decode(to, record, payload, left, base);
       } else {
         coder.decode(ordered.data(), record, payload, left, base);
-        for (std::size_t j = 0; j < ordered.size(); ++j) to[shared.order[j]] = ordered[j];
+        for (std::size_t j = 0; j < ordered.size(); ++j) to[order[j]] = ordered[j];
       }
       payload += bytes;
       left -= bytes;
@@ -663,7 +902,23 @@ class LshCodec final : public Codec {
     std::vector<float> bases;  // [1 + K, hidden], coding order
   };
 
-  [[nodiscard]] Shared read_shared(const Parcel& parcel) const {
+  // The state a parcel was coded against, if this end still has it.
+  [[nodiscard]] const LearnedState& state_of_version(const ParcelHeader& header) const {
+    for (const auto& state : {current_.get(), previous_.get()}) {
+      if (state == nullptr || state->version != header.state_version) continue;
+      LSHMOE_VALIDATE((header.centroids == 0 || header.centroids == state->centroids) &&
+                          ((header.flags & kBasis) != 0) == state->basis.defined(),
+                      "decode: a parcel does not fit its learned state, version ",
+                      header.state_version, " (damaged parcel)");
+      return *state;
+    }
+    throw InvalidArgument(detail::message(
+        "decode: a parcel was coded with version ", header.state_version,
+        " of the learned state, this rank has ", current_ ? current_->version : 0,
+        " (the ranks refreshed at different steps): call refresh on all ranks alike"));
+  }
+
+  [[nodiscard]] Shared read_shared(const Parcel& parcel, const LearnedState* state) const {
     const ParcelHeader& header = parcel.header;
     const int64_t hidden = context().hidden_size;
     RowCoder<float> coder(hidden, StepCode(), 0);
@@ -693,7 +948,7 @@ class LshCodec final : public Codec {
       at += order_bytes(hidden, layout.bands);
     }
     const std::size_t means = (header.flags & kHasMean) != 0 ? 1 : 0;
-    const std::size_t count = means + header.centroids;
+    const std::size_t count = state != nullptr ? 0 : means + header.centroids;
     LSHMOE_VALIDATE(header.centroids < 65536 && count <= left / layout.record_bytes,
                     "decode: the shared part of a parcel is too short for ", header.centroids,
                     " centroids (damaged parcel)");
@@ -702,7 +957,9 @@ class LshCodec final : public Codec {
     const std::uint8_t* payload = at + count * layout.record_bytes;
     const std::vector<float> zeros(static_cast<std::size_t>(hidden), 0.0F);
     std::vector<float> row(static_cast<std::size_t>(hidden));
-    shared.bases.assign((1 + header.centroids) * static_cast<std::size_t>(hidden), 0.0F);
+    if (state == nullptr) {
+      shared.bases.assign((1 + header.centroids) * static_cast<std::size_t>(hidden), 0.0F);
+    }
     for (std::size_t i = 0; i < count; ++i, record += layout.record_bytes) {
       const std::size_t bytes = coder.payload_bytes(record);
       const std::size_t readable = left;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "lshmoe/kernels/rows.hpp"
 #include "lshmoe/runtime/error.hpp"
@@ -78,11 +79,17 @@ void RowCoder<T>::read_index(const std::uint8_t* record) {
 }
 
 template <class T>
+bool RowCoder<T>::is_zero(const std::uint8_t* record) const {
+  return step_of(record) == steps_.zero_row();
+}
+
+template <class T>
 bool RowCoder<T>::is_whole(const std::uint8_t* record) const {
   return step_of(record) == steps_.whole_row();
 }
 
 template <class T>
+template <class Received>
 std::size_t RowCoder<T>::encode(std::uint8_t* record, std::uint8_t* payload, const float* x,
                                 const float* base, const float* natural, double bound, double norm,
                                 std::uint32_t id, double* error) {
@@ -101,8 +108,8 @@ std::size_t RowCoder<T>::encode(std::uint8_t* record, std::uint8_t* payload, con
     // What the receiver has already is near enough: any step does.
     const std::uint16_t code = steps_.bytes() == 1 ? 0 : kernels::step_code(1.0F);
     std::fill(q_.begin(), q_.end(), 0);
-    *error =
-        std::sqrt(kernels::reconstruction_error<T>(x, base, q_.data(), hidden, steps_.value(code)));
+    *error = std::sqrt(
+        kernels::reconstruction_error<Received>(x, base, q_.data(), hidden, steps_.value(code)));
     if (*error <= allowed) {
       write_record(record, code, id);
       return 0;
@@ -116,7 +123,7 @@ std::size_t RowCoder<T>::encode(std::uint8_t* record, std::uint8_t* payload, con
   for (int attempt = 0; attempt < 6 && steps_.is_step(code); ++attempt) {
     const float step = steps_.value(code);
     if (!kernels::quantize(q_.data(), residual_.data(), hidden, step)) break;
-    *error = std::sqrt(kernels::reconstruction_error<T>(x, base, q_.data(), hidden, step));
+    *error = std::sqrt(kernels::reconstruction_error<Received>(x, base, q_.data(), hidden, step));
     if (*error <= allowed) {
       const std::int64_t bits = kernels::choose_alphabets(index_.data(), q_.data(), hidden);
       const auto bytes = static_cast<std::size_t>((bits + 7) / 8);
@@ -178,15 +185,17 @@ std::size_t RowCoder<T>::payload_bytes(const std::uint8_t* record) {
 }
 
 template <class T>
-void RowCoder<T>::decode(T* out, const std::uint8_t* record, const std::uint8_t* payload,
+template <class Received>
+void RowCoder<T>::decode(Received* out, const std::uint8_t* record, const std::uint8_t* payload,
                          std::size_t readable, const float* base) {
   const std::int64_t hidden = layout_.hidden;
   const std::uint16_t code = step_of(record);
   if (code == steps_.zero_row()) {
-    std::fill(out, out + hidden, T{});
+    std::fill(out, out + hidden, Received{});
     return;
   }
   if (code == steps_.whole_row()) {
+    LSHMOE_ASSERT((std::is_same_v<T, Received>));
     std::memcpy(out, payload, layout_.whole_bytes);
     return;
   }
@@ -203,11 +212,21 @@ void RowCoder<T>::decode(T* out, const std::uint8_t* record, const std::uint8_t*
                   "decode: a row's payload holds a number out of its range (damaged parcel)");
   const float step = steps_.value(code);
   for (std::int64_t j = 0; j < hidden; ++j) {
-    out[j] = kernels::reconstruct<T>(base[j], q_[j], step);
+    out[j] = kernels::reconstruct<Received>(base[j], q_[j], step);
   }
 }
 
 template class RowCoder<float>;
 template class RowCoder<kernels::Bfloat16>;
+#define LSHMOE_ROW_CODER(T, Received)                                                              \
+  template std::size_t RowCoder<T>::encode<Received>(std::uint8_t*, std::uint8_t*, const float*,   \
+                                                     const float*, const float*, double, double,   \
+                                                     std::uint32_t, double*);                      \
+  template void RowCoder<T>::decode<Received>(Received*, const std::uint8_t*, const std::uint8_t*, \
+                                              std::size_t, const float*);
+LSHMOE_ROW_CODER(float, float)
+LSHMOE_ROW_CODER(kernels::Bfloat16, kernels::Bfloat16)
+LSHMOE_ROW_CODER(kernels::Bfloat16, float)
+#undef LSHMOE_ROW_CODER
 
 }  // namespace lshmoe

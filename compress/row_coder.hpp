@@ -69,7 +69,9 @@ class RowCoder {
   /// bytes. x, base [hidden] in coding order: the row, and what the receiver adds (zeros for
   /// nothing). natural [hidden]: the row in the order in which it travels when it travels whole.
   /// bound: on |x - x'|; norm: |x|, both from double sums. id: 0 or the cluster's number + 1.
-  /// `error`: the true |x - x'|.
+  /// `error`: the true |x - x'|. Received: what the receiver makes of the row's values; float for
+  /// coefficients that it turns into values of T by itself.
+  template <class Received = T>
   std::size_t encode(std::uint8_t* record, std::uint8_t* payload, const float* x, const float* base,
                      const float* natural, double bound, double norm, std::uint32_t id,
                      double* error);
@@ -85,13 +87,16 @@ class RowCoder {
   [[nodiscard]] std::size_t payload_bytes(const std::uint8_t* record);
   /// Cluster id of a record.
   [[nodiscard]] std::uint32_t id(const std::uint8_t* record) const;
+  /// True when the row is zero, whatever its base.
+  [[nodiscard]] bool is_zero(const std::uint8_t* record) const;
   /// True when the payload is the row itself.
   [[nodiscard]] bool is_whole(const std::uint8_t* record) const;
   /// Decodes one row whose payload_bytes were checked into out [hidden], in coding order (a whole
   /// row: as it travelled). `readable`: bytes that may be read from payload on. Throws
-  /// InvalidArgument.
-  void decode(T* out, const std::uint8_t* record, const std::uint8_t* payload, std::size_t readable,
-              const float* base);
+  /// InvalidArgument. Received as for encode; then no whole rows.
+  template <class Received = T>
+  void decode(Received* out, const std::uint8_t* record, const std::uint8_t* payload,
+              std::size_t readable, const float* base);
 
  private:
   RowLayout layout_;

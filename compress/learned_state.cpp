@@ -1,0 +1,229 @@
+#include "lshmoe/compress/learned_state.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+#include "lshmoe/compress/clusters.hpp"
+#include "lshmoe/kernels/bands.hpp"
+#include "lshmoe/kernels/checksum.hpp"
+#include "lshmoe/kernels/lsh.hpp"
+#include "lshmoe/kernels/quantize.hpp"
+#include "lshmoe/kernels/rows.hpp"
+#include "lshmoe/runtime/error.hpp"
+
+namespace lshmoe {
+namespace {
+
+constexpr std::int64_t kRowsPerCentroid = 8;
+constexpr std::int64_t kRowsPerDirection = 4;
+constexpr int kUpdates = 2;
+
+void round_to_bfloat16(std::vector<float>& values) {
+  for (float& value : values) value = kernels::to_float(kernels::to_bfloat16(value));
+}
+
+/// The fields that follow from the others.
+void derive(LearnedState& state, const CodecOptions& options, std::span<const float> projection) {
+  const std::int64_t columns = options.projection(), hidden = state.hidden;
+  std::vector<float> z(static_cast<std::size_t>((1 + state.centroids) * columns));
+  kernels::multiply(z.data(), state.bases.data(), projection.data(), 1 + state.centroids, hidden,
+                    columns);
+  state.mean_z.assign(z.begin(), z.begin() + columns);
+  state.centroids_z.assign(z.begin() + columns, z.end());
+  for (std::size_t i = 0; i < state.centroids_z.size(); ++i) {
+    state.centroids_z[i] -= state.mean_z[i % static_cast<std::size_t>(columns)];
+  }
+  state.ordered_bases = state.bases;
+  if (!state.order.empty()) {
+    for (std::size_t i = 0; i < state.bases.size(); ++i) {
+      const std::size_t j = i % static_cast<std::size_t>(hidden);
+      state.ordered_bases[i] = state.bases[i - j + static_cast<std::size_t>(state.order[j])];
+    }
+  }
+  if (!state.basis.defined()) return;
+  const at::Tensor exact = state.basis.to(at::kDouble);
+  state.inverse = at::linalg_inv(exact).to(at::kFloat).contiguous();
+  const at::Tensor squared = at::linalg_eigvalsh(exact.matmul(exact.t()));
+  state.stretch = std::sqrt(squared.max().item<double>()) * (1 + 1e-9);
+  LSHMOE_VALIDATE(state.stretch < 1.1, "a learned basis stretches rows by ", state.stretch,
+                  " (it is far from orthonormal): its bytes are damaged");
+}
+
+}  // namespace
+
+std::int64_t LearnedState::memory_bytes() const {
+  const auto floats = 2 * bases.size() + mean_z.size() + centroids_z.size();
+  const auto square = basis.defined() ? 2 * hidden * hidden : 0;
+  return static_cast<std::int64_t>(4 * (floats + order.size())) + 4 * square;
+}
+
+std::vector<std::int32_t> order_by_energy(const std::vector<float>& energy) {
+  if (energy.size() <= kernels::kBandValues) return {};
+  std::vector<std::int32_t> order(energy.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
+    return energy[static_cast<std::size_t>(a)] > energy[static_cast<std::size_t>(b)];
+  });
+  for (std::size_t band = 0; band < order.size(); band += kernels::kBandValues) {
+    std::sort(order.begin() + static_cast<std::ptrdiff_t>(band),
+              order.begin() +
+                  static_cast<std::ptrdiff_t>(std::min(order.size(), band + kernels::kBandValues)));
+  }
+  return order;
+}
+
+LearnedState fit_state(const at::Tensor& rows_in, const CodecOptions& options, bool by_group,
+                       std::span<const float> projection, std::uint32_t version) {
+  const at::Tensor rows = rows_in.contiguous();
+  const std::int64_t n = rows.size(0), hidden = rows.size(1), columns = options.projection();
+  const float* x = rows.const_data_ptr<float>();
+  LearnedState state;
+  state.version = version;
+  state.hidden = hidden;
+
+  std::vector<std::int64_t> all(static_cast<std::size_t>(n));
+  std::iota(all.begin(), all.end(), std::int64_t{0});
+  const std::int64_t offsets[2] = {0, n};
+  state.bases.resize(static_cast<std::size_t>(hidden));
+  kernels::segment_mean(state.bases.data(), x, all.data(), offsets, 1, hidden);
+  round_to_bfloat16(state.bases);
+
+  std::vector<std::int64_t> assignment(static_cast<std::size_t>(n), -1);
+  const std::int64_t most = std::min(options.codebook_size(), n / kRowsPerCentroid);
+  if (most > 0) {
+    std::vector<float> z(static_cast<std::size_t>(n * columns)),
+        mean_z(static_cast<std::size_t>(columns));
+    kernels::multiply(z.data(), x, projection.data(), n, hidden, columns);
+    kernels::multiply(mean_z.data(), state.bases.data(), projection.data(), 1, hidden, columns);
+    for (std::size_t i = 0; i < z.size(); ++i)
+      z[i] -= mean_z[i % static_cast<std::size_t>(columns)];
+    Clusters clusters = bucket_clusters({n, hidden, x, z.data()},
+                                        CodecOptions(options).max_clusters(most).refine(kUpdates));
+    round_to_bfloat16(clusters.centroids);
+    state.centroids = clusters.count;
+    state.bases.insert(state.bases.end(), clusters.centroids.begin(), clusters.centroids.end());
+    assignment = std::move(clusters.assignment);
+  }
+
+  // Residuals in units of their row's bound.
+  at::Tensor residuals = at::zeros({n, hidden}, at::kFloat);
+  auto* residual = residuals.mutable_data_ptr<float>();
+  std::vector<float> energy(static_cast<std::size_t>(hidden), 0.0F);
+  for (std::int64_t i = 0; i < n; ++i, residual += hidden) {
+    const double norm = std::sqrt(kernels::squared_norm(x + i * hidden, hidden));
+    if (!(norm > 1e-30) || !(norm < 1e30)) continue;
+    const float scale = by_group ? 1.0F : static_cast<float>(1 / norm);
+    const float* base = state.bases.data() + (assignment[static_cast<std::size_t>(i)] + 1) * hidden;
+    for (std::int64_t j = 0; j < hidden; ++j) {
+      residual[j] = (x[i * hidden + j] - base[j]) * scale;
+      energy[static_cast<std::size_t>(j)] += residual[j] * residual[j];
+    }
+  }
+  state.order = order_by_energy(energy);
+  if (options.transform() == "basis" && n >= kRowsPerDirection * hidden) {
+    const at::Tensor exact = residuals.to(at::kDouble);
+    const at::Tensor directions =
+        std::get<1>(at::linalg_eigh(exact.t().matmul(exact))).t().flip(0);  // largest first
+    state.basis = directions.to(at::kBFloat16).to(at::kFloat).contiguous();
+  }
+  derive(state, options, projection);
+  return state;
+}
+
+namespace {
+
+// Bytes of a state, little-endian: u32 magic, u32 checksum of what follows, u32 version, u32
+// hidden, u32 centroids, u32 1 with a basis; then bfloat16 bases, u32 order (if hidden is above one
+// band), bfloat16 basis.
+constexpr std::uint32_t kMagic = 0x5353484C;  // "LHSS"
+constexpr std::size_t kHead = 24;
+
+std::size_t order_count(std::int64_t hidden) {
+  return hidden <= kernels::kBandValues ? 0 : static_cast<std::size_t>(hidden);
+}
+
+void put_bfloat16(std::uint8_t*& out, const float* values, std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i, out += 2) {
+    const kernels::Bfloat16 value = kernels::to_bfloat16(values[i]);
+    std::memcpy(out, &value, 2);
+  }
+}
+
+void take_bfloat16(const std::uint8_t*& in, float* values, std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i, in += 2) {
+    kernels::Bfloat16 value{};
+    std::memcpy(&value, in, 2);
+    values[i] = kernels::to_float(value);
+    LSHMOE_VALIDATE(std::isfinite(values[i]),
+                    "a learned state holds NaN or Inf: its bytes are damaged");
+  }
+}
+
+}  // namespace
+
+std::vector<std::uint8_t> to_bytes(const LearnedState& state) {
+  const auto square =
+      state.basis.defined() ? static_cast<std::size_t>(state.hidden * state.hidden) : 0;
+  std::vector<std::uint8_t> bytes(kHead + 2 * state.bases.size() + 4 * state.order.size() +
+                                  2 * square);
+  const std::uint32_t head[6] = {kMagic,
+                                 0,
+                                 state.version,
+                                 static_cast<std::uint32_t>(state.hidden),
+                                 static_cast<std::uint32_t>(state.centroids),
+                                 square > 0 ? 1U : 0U};
+  std::memcpy(bytes.data(), head, kHead);
+  std::uint8_t* out = bytes.data() + kHead;
+  put_bfloat16(out, state.bases.data(), state.bases.size());
+  if (!state.order.empty()) std::memcpy(out, state.order.data(), 4 * state.order.size());
+  out += 4 * state.order.size();
+  if (square > 0) put_bfloat16(out, state.basis.const_data_ptr<float>(), square);
+  const std::uint32_t sum = kernels::checksum(bytes.data() + 8, bytes.size() - 8);
+  std::memcpy(bytes.data() + 4, &sum, 4);
+  return bytes;
+}
+
+LearnedState state_from_bytes(std::span<const std::uint8_t> bytes, std::int64_t hidden,
+                              const CodecOptions& options, std::span<const float> projection) {
+  constexpr const char* kDamaged = " (the ranks run different settings, or the bytes are damaged)";
+  std::uint32_t head[6] = {};
+  LSHMOE_VALIDATE(bytes.size() >= kHead, "a learned state of ", bytes.size(), " bytes", kDamaged);
+  std::memcpy(head, bytes.data(), kHead);
+  LearnedState state;
+  state.version = head[2];
+  state.hidden = head[3];
+  state.centroids = head[4];
+  const bool has_basis = head[5] == 1;
+  LSHMOE_VALIDATE(head[0] == kMagic &&
+                      head[1] == kernels::checksum(bytes.data() + 8, bytes.size() - 8) &&
+                      state.version >= 1 && state.hidden == hidden && head[5] <= 1 &&
+                      state.centroids <= options.codebook_size() &&
+                      (!has_basis || options.transform() == "basis"),
+                  "a learned state that is not one of this codec", kDamaged);
+  const auto base_count = static_cast<std::size_t>((1 + state.centroids) * hidden);
+  const auto square = has_basis ? static_cast<std::size_t>(hidden * hidden) : 0;
+  LSHMOE_VALIDATE(bytes.size() == kHead + 2 * base_count + 4 * order_count(hidden) + 2 * square,
+                  "a learned state has ", bytes.size(), " bytes", kDamaged);
+  const std::uint8_t* in = bytes.data() + kHead;
+  state.bases.resize(base_count);
+  take_bfloat16(in, state.bases.data(), base_count);
+  state.order.resize(order_count(hidden));
+  if (!state.order.empty()) std::memcpy(state.order.data(), in, 4 * state.order.size());
+  in += 4 * state.order.size();
+  std::vector<bool> met(state.order.size(), false);
+  for (const std::int32_t channel : state.order) {
+    LSHMOE_VALIDATE(channel >= 0 && channel < hidden && !met[static_cast<std::size_t>(channel)],
+                    "a learned state's channel order is none", kDamaged);
+    met[static_cast<std::size_t>(channel)] = true;
+  }
+  if (has_basis) {
+    state.basis = at::empty({hidden, hidden}, at::kFloat);
+    take_bfloat16(in, state.basis.mutable_data_ptr<float>(), square);
+  }
+  derive(state, options, projection);
+  return state;
+}
+
+}  // namespace lshmoe

@@ -1,0 +1,56 @@
+#pragma once
+// State of a codec that both ends know: codebook, channel order, basis. codec.md calls it learned.
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "lshmoe/compress/codec.hpp"
+
+namespace lshmoe {
+
+/// Equal on all ranks of an expert group, and fixed once made. Values of mean, codebook and basis
+/// are those of bfloat16, held as float.
+struct LearnedState {
+  std::uint32_t version = 0;  ///< from 1 on; 0: none
+  std::int64_t hidden = 0;
+  std::int64_t centroids = 0;
+  /// [1 + centroids, hidden]: what a row is taken from: the mean for rows without a centroid.
+  std::vector<float> bases;
+  std::vector<std::int32_t> order;  ///< [hidden] channels by falling energy; empty: as they are
+  /// [hidden, hidden], row j the j-th direction; undefined: none. r = coefficients basis, and
+  /// coefficients = r inverse: the basis is not exactly orthonormal.
+  at::Tensor basis, inverse;
+  double stretch = 1.0;  ///< |coefficients basis| <= stretch |coefficients|
+
+  // Derived: the bases in coding order, and in the projection, for the sender's search.
+  std::vector<float> ordered_bases;  ///< [1 + centroids, hidden]
+  std::vector<float> mean_z;         ///< [projection]
+  std::vector<float> centroids_z;    ///< [centroids, projection], less mean_z
+
+  [[nodiscard]] std::int64_t memory_bytes() const;
+};
+
+/// Fits a state to sample rows [n, hidden] float32, n >= 1: centroids from LSH buckets and two
+/// nearest-centroid updates (options.codebook_size at most, eight rows each at least), the channel
+/// order of the residuals and, with transform=basis and at least 4 x hidden rows, the eigenvectors
+/// of their second moment. Residuals count in units of their row's bound: by_group says that it is
+/// the same for all rows. Local; deterministic.
+[[nodiscard]] LearnedState fit_state(const at::Tensor& rows, const CodecOptions& options,
+                                     bool by_group, std::span<const float> projection,
+                                     std::uint32_t version);
+
+/// The state as bytes, and back. from_bytes trusts nothing: throws InvalidArgument for anything
+/// that to_bytes did not write for this hidden size.
+[[nodiscard]] std::vector<std::uint8_t> to_bytes(const LearnedState& state);
+[[nodiscard]] LearnedState state_from_bytes(std::span<const std::uint8_t> bytes,
+                                            std::int64_t hidden, const CodecOptions& options,
+                                            std::span<const float> projection);
+
+/// Channels by falling energy, cut into bands, ascending within a band. Empty when there is one
+/// band only. energy [hidden].
+[[nodiscard]] std::vector<std::int32_t> order_by_energy(const std::vector<float>& energy);
+
+}  // namespace lshmoe
