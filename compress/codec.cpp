@@ -153,6 +153,14 @@ Encoded Codec::encode(const at::Tensor& rows, const std::vector<int64_t>& rows_p
   return encode(rows, at::Tensor(), rows_per_group);
 }
 
+Parcel Codec::open(std::span<const std::uint8_t> bytes) const {
+  const Parcel parcel = open_parcel(bytes, parcel_kind(), context_.dtype, context_.hidden_size);
+  LSHMOE_VALIDATE(parcel.header.rows <= parcel.body.size() / least_row_bytes(parcel.header),
+                  "decode: a parcel of ", bytes.size(), " bytes says it has ", parcel.header.rows,
+                  " rows (damaged parcel)");
+  return parcel;
+}
+
 void Codec::check_bytes(const at::Tensor& bytes,
                         const std::vector<int64_t>& bytes_per_group) const {
   LSHMOE_VALIDATE(bytes.defined() && bytes.is_cpu() && bytes.dim() == 1 &&
@@ -187,8 +195,7 @@ void Codec::decode_into(at::Tensor& out, const at::Tensor& row_index, const at::
   for (std::size_t group = 0; group < rows_per_group.size(); ++group) {
     const auto size = static_cast<std::size_t>(bytes_per_group[group]);
     if (size > 0) {
-      const Parcel parcel =
-          open_parcel({from, size}, parcel_kind(), context_.dtype, context_.hidden_size);
+      const Parcel parcel = open({from, size});
       LSHMOE_VALIDATE(parcel.header.rows == rows_per_group[group], "decode: the parcel of group ",
                       group, " holds ", parcel.header.rows, " rows, expected ",
                       rows_per_group[group]);
@@ -211,11 +218,7 @@ Decoded Codec::decode(const at::Tensor& bytes, const std::vector<int64_t>& bytes
   for (std::size_t group = 0; group < parcels.size(); ++group) {
     const auto size = static_cast<std::size_t>(bytes_per_group[group]);
     if (size == 0) continue;
-    parcels[group] = open_parcel({from, size}, parcel_kind(), context_.dtype, context_.hidden_size);
-    // Every kind spends a byte a row at least, so the memory asked for is bounded by what came in.
-    LSHMOE_VALIDATE(parcels[group].header.rows <= parcels[group].body.size(),
-                    "decode: a parcel of ", size, " bytes says it holds ",
-                    parcels[group].header.rows, " rows");
+    parcels[group] = open({from, size});
     decoded.rows_per_group[group] = parcels[group].header.rows;
     from += size;
   }

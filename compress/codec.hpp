@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -134,8 +135,8 @@ class Codec {
   /// Decodes parcels into rows of `out`: row i of the stream goes to out[row_index[i]]. Local.
   /// out [any, hidden_size], the codec's dtype, contiguous. Rows not named are left alone.
   /// The bytes come from a wire: counts, widths, ids, lengths and checksums are checked; anything
-  /// wrong throws InvalidArgument. The number of rows must be row_index.size(0), and the rows of
-  /// each group rows_per_group.
+  /// wrong throws InvalidArgument; what was written to the named rows by then is unspecified. The
+  /// number of rows must be row_index.size(0), and the rows of each group rows_per_group.
   void decode_into(at::Tensor& out, const at::Tensor& row_index, const at::Tensor& bytes,
                    const std::vector<int64_t>& bytes_per_group,
                    const std::vector<int64_t>& rows_per_group) const;
@@ -184,9 +185,13 @@ class Codec {
                             const std::vector<int64_t>& rows_per_group) const = 0;
   /// The kind this codec writes and reads.
   [[nodiscard]] virtual ParcelKind parcel_kind() const = 0;
+  /// Bytes of the body that a row takes at least, so that a parcel cannot ask for more memory than
+  /// a small multiple of its size.
+  [[nodiscard]] virtual std::size_t least_row_bytes(const ParcelHeader& header) const = 0;
   /// Checks what the kind adds to a parcel and writes its rows.
   virtual void do_decode(const Parcel& parcel, const Sink& sink) const = 0;
 
+  [[nodiscard]] Parcel open(std::span<const std::uint8_t> bytes) const;
   void check_bytes(const at::Tensor& bytes, const std::vector<int64_t>& bytes_per_group) const;
 };
 

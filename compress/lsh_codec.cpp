@@ -279,6 +279,13 @@ class LshCodec final : public Codec {
     return static_cast<std::size_t>(context().hidden_size) * sizeof(T);
   }
 
+  std::size_t least_row_bytes(const ParcelHeader& header) const override {
+    if (source_ || header.flags == kAllWhole) return whole_bytes();
+    const std::size_t step_bytes = (header.flags & kGroupStep) != 0 ? 1 : 2;
+    return RowLayout(context().hidden_size, step_bytes, id_bytes(header.centroids), sizeof(T))
+        .record_bytes;
+  }
+
   // What the groups of one encode call add to.
   struct Stream {
     std::vector<std::uint8_t> bytes;
@@ -868,8 +875,7 @@ class LshCodec final : public Codec {
     const float* bases = state != nullptr ? state->ordered_bases.data() : shared.bases.data();
     RowCoder<T> coder(hidden, shared.steps, centroid_id_bytes(header.centroids));
     const RowLayout& layout = coder.layout();
-    LSHMOE_VALIDATE(n <= parcel.body.size() / layout.record_bytes, "decode: a parcel of ",
-                    parcel.body.size(), " bytes says it has ", n, " rows (damaged parcel)");
+    LSHMOE_ASSERT(n <= parcel.body.size() / layout.record_bytes);  // checked by open
     const std::uint8_t* record = parcel.body.data();
     const std::uint8_t* payload = record + n * layout.record_bytes;
     auto left = static_cast<std::size_t>(parcel.body.data() + parcel.body.size() - payload);
@@ -988,8 +994,8 @@ class LshCodec final : public Codec {
 std::vector<float> projection_matrix(const CodecOptions& options, std::int64_t hidden_size,
                                      std::int64_t layer) {
   std::vector<float> matrix(static_cast<std::size_t>(hidden_size * options.projection()));
-  // Any injective mix does: the generator scrambles its seed.
-  const std::uint64_t seed = options.seed() * 0x9E3779B97F4A7C15u +
+  // Not the generator's own increment: neighbouring seeds would draw the same numbers, one later.
+  const std::uint64_t seed = options.seed() * 0xD1B54A32D192ED03u +
                              static_cast<std::uint64_t>(layer) * 0xC2B2AE3D27D4EB4Fu;
   kernels::random_orthonormal(matrix.data(), hidden_size, options.projection(), seed);
   return matrix;

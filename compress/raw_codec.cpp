@@ -26,6 +26,10 @@ class RawCodec final : public Codec {
     return options().kind() == "bf16" ? ParcelKind::bf16 : ParcelKind::none;
   }
 
+  std::size_t least_row_bytes(const ParcelHeader& /*header*/) const override {
+    return element_bytes_ * static_cast<std::size_t>(context().hidden_size);
+  }
+
   Encoded do_encode(const Source& source,
                     const std::vector<int64_t>& rows_per_group) const override {
     const int64_t hidden = context().hidden_size;
