@@ -282,7 +282,8 @@ class LshCodec final : public Codec {
   std::size_t least_row_bytes(const ParcelHeader& header) const override {
     if (source_ || header.flags == kAllWhole) return whole_bytes();
     const std::size_t step_bytes = (header.flags & kGroupStep) != 0 ? 1 : 2;
-    return RowLayout(context().hidden_size, step_bytes, id_bytes(header.centroids), sizeof(T))
+    return RowLayout(context().hidden_size, step_bytes, centroid_id_bytes(header.centroids),
+                     sizeof(T))
         .record_bytes;
   }
 

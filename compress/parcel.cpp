@@ -99,8 +99,9 @@ Parcel open_parcel(std::span<const std::uint8_t> bytes, ParcelKind kind, at::Sca
   LSHMOE_VALIDATE(header.rows > 0, "a parcel holds no rows", kDamaged);
   LSHMOE_VALIDATE(header.hidden_size == hidden_size, "a parcel has hidden size ",
                   header.hidden_size, ", expected ", hidden_size, kDamaged);
-  LSHMOE_VALIDATE(header.state_version == 0, "a parcel needs the learned state of version ",
-                  header.state_version, ", which is unknown here", kDamaged);
+  LSHMOE_VALIDATE(header.state_version == 0 || kind == ParcelKind::lsh_expert,
+                  "a parcel of a kind without learned state names version ", header.state_version,
+                  kDamaged);
   const std::uint64_t rest = bytes.size() - ParcelHeader::kBytes;
   LSHMOE_VALIDATE(header.shared_bytes <= rest && header.body_bytes == rest - header.shared_bytes,
                   "a parcel of ", bytes.size(), " bytes says it has ", header.shared_bytes, " + ",

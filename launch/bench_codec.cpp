@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "lshmoe/comm/self/self.hpp"
 #include "lshmoe/compress/codec.hpp"
 #include "lshmoe/launch/npy.hpp"
 #include "lshmoe/runtime/error.hpp"
@@ -21,7 +22,8 @@ namespace po = boost::program_options;
 
 struct BenchOptions {
   std::string input, dtype;
-  int64_t first_row = 0, gaussian_rows = 0, hidden_size = 0, group_rows = 0, repeat = 0;
+  int64_t first_row = 0, fit_rows = 0, gaussian_rows = 0, hidden_size = 0, group_rows = 0,
+          repeat = 0;
 };
 
 at::Tensor load_rows(const BenchOptions& o) {
@@ -61,7 +63,10 @@ void bench_codec(int argc, const char* const* argv) {
   parser.group("Rows").add_options()("input", po::value(&o.input)->value_name("FILE.npy"),
                                      "a 2-D array of float16 or float32; default: Gaussian rows")(
       "first-row", po::value(&o.first_row)->default_value(0), "first row of the file to use")(
-      "gaussian-rows", po::value(&o.gaussian_rows)->default_value(4096), "rows without --input")(
+      "fit-rows", po::value(&o.fit_rows)->default_value(0),
+      "state=learned: rows from --first-row on that the state is fitted to, and that are not "
+      "measured")("gaussian-rows", po::value(&o.gaussian_rows)->default_value(4096),
+                  "rows without --input")(
       "hidden-size", po::value(&o.hidden_size)->default_value(384), "their length")(
       "group-rows", po::value(&o.group_rows)->default_value(1024),
       "rows of a group: what one rank sends another")(
@@ -77,6 +82,11 @@ void bench_codec(int argc, const char* const* argv) {
       "hash-dim", po::value(&codec.hash_dim())->default_value(codec.hash_dim()),
       "dimension of each")("refine", po::value(&codec.refine())->default_value(codec.refine()),
                            "nearest-centroid passes")(
+      "state", po::value(&codec.state())->default_value(codec.state()), "batch or learned")(
+      "codebook-size", po::value(&codec.codebook_size())->default_value(codec.codebook_size()),
+      "learned: centroids at most")("transform",
+                                    po::value(&codec.transform())->default_value(codec.transform()),
+                                    "channels, or basis (learned)")(
       "max-clusters", po::value(&codec.max_clusters())->default_value(codec.max_clusters()),
       "clusters of a group at most; 0: none");
   if (!parser.parse(argc, argv)) return;
@@ -86,11 +96,21 @@ void bench_codec(int argc, const char* const* argv) {
                   " and --repeat ", o.repeat, " must be 1 or more");
   at::set_num_threads(1);
 
-  const at::Tensor x = load_rows(o).to(o.dtype == "fp32" ? at::kFloat : at::kBFloat16);
+  const at::Tensor all = load_rows(o).to(o.dtype == "fp32" ? at::kFloat : at::kBFloat16);
+  LSHMOE_VALIDATE(o.fit_rows >= 0 && o.fit_rows < all.size(0) &&
+                      (o.fit_rows > 0) == (codec.state() == "learned"),
+                  "--fit-rows ", o.fit_rows, " of ", all.size(0), " rows with state ",
+                  codec.state(),
+                  " (a learned state is fitted to some rows and measured on the "
+                  "rest): give both or none");
   CodecContext context;
-  context.hidden_size = x.size(1);
-  context.dtype = x.scalar_type();
-  const auto made = make_codec(codec, context);
+  context.hidden_size = all.size(1);
+  context.dtype = all.scalar_type();
+  const auto made = make_codec(codec.sample_rows(o.fit_rows), context);
+  made->observe(all.slice(0, 0, o.fit_rows), {});
+  const auto alone = make_self_communicator();
+  made->refresh(*alone);
+  const at::Tensor x = all.slice(0, o.fit_rows);
   std::vector<int64_t> groups;
   for (int64_t left = x.size(0); left > 0; left -= o.group_rows) {
     groups.push_back(std::min(left, o.group_rows));
@@ -133,6 +153,12 @@ void bench_codec(int argc, const char* const* argv) {
               static_cast<long long>(stats.clusters),
               static_cast<double>(stats.clusters) / static_cast<double>(groups.size()),
               static_cast<long long>(stats.whole_rows));
+  const StateStats state = made->state_stats();
+  if (state.version > 0) {
+    std::printf("learned state %lld bytes, %lld centroids, fitted in %.2f s, %.1f MB in memory\n",
+                static_cast<long long>(state.state_bytes), static_cast<long long>(state.centroids),
+                state.seconds, 1e-6 * static_cast<double>(state.memory_bytes));
+  }
   const double encoding = median(encode_seconds), decoding = median(decode_seconds);
   const double megabytes =
       static_cast<double>(x.numel()) * static_cast<double>(x.element_size()) * 1e-6;
