@@ -27,6 +27,8 @@ constexpr double kLeastErrorBfloat16 = 0.004;
 // Relative errors of what rows are taken from; their own error does not add, so coarse is cheap.
 constexpr double kMeanError = 0.05;
 constexpr double kCentroidError = 0.1;
+// Clusters that look better than this on the sample of rows are better on all of them.
+constexpr double kSampleTrust = 0.85;
 
 std::size_t id_bytes(std::int64_t centroids) {
   return centroids == 0 ? 0 : centroids < 256 ? 1 : 2;
@@ -430,20 +432,16 @@ class LshCodec final : public Codec {
     const auto n = static_cast<std::size_t>(rows);
     const std::int64_t bands = base_coder.layout().bands;
     RowCoder<T> estimator(hidden, steps, 0);
-    const std::int64_t stride =
-        std::max<std::int64_t>(1, rows / std::clamp<std::int64_t>(rows / 8, 16, 64));
-    const double samples = static_cast<double>((rows + stride - 1) / stride);
     const double order_cost = 8.0 * static_cast<double>(order_bytes(hidden, bands));
 
-    Plan best;
-    best.clusters.assignment.assign(n, -1);
-    double best_bits = 0;
-    bool first = true;
-    const auto consider = [&](Plan&& plan) {
+    // Bits of the group under a plan, from about `sample` of its rows; drops an order that does not
+    // pay. Centroids are coded in the channel order: it stays with them.
+    const auto measure = [&](Plan& plan, std::int64_t sample) {
+      const std::int64_t stride = std::max<std::int64_t>(1, rows / sample);
       const auto bases = natural_bases(plan, hidden);
       std::vector<float> residual(static_cast<std::size_t>(hidden));
-      std::int64_t plain = 0, ordered = 0;
-      for (int64_t i = 0; i < rows; i += stride) {
+      std::int64_t plain = 0, ordered = 0, sampled = 0;
+      for (int64_t i = 0; i < rows; i += stride, ++sampled) {
         const auto row = static_cast<std::size_t>(i);
         const float* base = bases.data() + (plan.clusters.assignment[row] + 1) * hidden;
         const float* x = work.x.data() + i * hidden;
@@ -457,31 +455,26 @@ class LshCodec final : public Codec {
         plain += bits_plain;
         ordered += bits_ordered;
       }
-      const double scale = static_cast<double>(rows) / samples;
+      const double scale = static_cast<double>(rows) / static_cast<double>(sampled);
       const double shared = 8.0 * (static_cast<double>(plan.base.bytes()) +
                                    static_cast<double>(n * id_bytes(plan.clusters.count)));
       const double bits_plain = scale * static_cast<double>(plain) + shared;
+      if (plan.order.empty()) return bits_plain;
       const double bits_ordered = scale * static_cast<double>(ordered) + shared + order_cost;
-      // Centroids are coded in the channel order: it stays with them.
-      const bool keep_order =
-          !plan.order.empty() && (plan.clusters.count > 0 || bits_ordered < bits_plain);
-      const double bits = keep_order ? bits_ordered : bits_plain;
-      if (first || bits < best_bits) {
-        if (!keep_order) plan.order.clear();
-        best = std::move(plan);
-        best_bits = bits;
+      if (plan.clusters.count == 0 && bits_ordered >= bits_plain) {
+        plan.order.clear();
+        return bits_plain;
       }
-      first = false;
+      return bits_ordered;
     };
+    const std::int64_t sample = std::clamp<std::int64_t>(rows / 8, 16, 64);
 
     std::vector<float> mean(static_cast<std::size_t>(hidden));
     const bool usable_mean = group_mean(mean, rows, work);
-    {
-      Plan plan;
-      plan.clusters.assignment.assign(n, -1);
-      plan.order = channel_order(rows, plan, work);
-      consider(std::move(plan));
-    }
+    Plan best;
+    best.clusters.assignment.assign(n, -1);
+    best.order = channel_order(rows, best, work);
+    double best_bits = measure(best, sample);
     Base with_mean;
     if (usable_mean) {
       with_mean.mean = code_base_row(base_coder, mean.data(), nullptr, nullptr, kMeanError,
@@ -490,7 +483,11 @@ class LshCodec final : public Codec {
       plan.clusters.assignment.assign(n, -1);
       plan.base = with_mean;
       plan.order = channel_order(rows, plan, work);
-      consider(std::move(plan));
+      const double bits = measure(plan, sample);
+      if (bits < best_bits) {
+        best = std::move(plan);
+        best_bits = bits;
+      }
     }
     if (!usable_mean || options().max_clusters() == 0) return best;
     const double scale = project(rows, mean.data(), work);
@@ -515,8 +512,14 @@ class LshCodec final : public Codec {
                         kCentroidError, plan.base.records, plan.base.payloads);
       std::copy(decoded.begin(), decoded.end(), plan.base.centroids.begin() + k * hidden);
     }
-    consider(std::move(plan));
-    return best;
+    double bits = measure(plan, sample);
+    if (bits < best_bits && bits > kSampleTrust * best_bits) {
+      // A narrow gain may be the sample's luck.
+      constexpr std::int64_t kMore = 256;
+      bits = measure(plan, kMore);
+      best_bits = measure(best, kMore);
+    }
+    return bits < best_bits ? std::move(plan) : std::move(best);
   }
 
   // mean [hidden] of the group; false when it left the range of fp32.
