@@ -33,6 +33,8 @@ constexpr double kLeastErrorBfloat16 = 0.004;
 // Relative errors of what rows are taken from; their own error does not add, so coarse is cheap.
 constexpr double kMeanError = 0.05;
 constexpr double kCentroidError = 0.1;
+// Clusters that look better than this on the sample of rows are better on all of them.
+constexpr double kSampleTrust = 0.85;
 
 int class_bits(std::int64_t bands) {
   return static_cast<int>(std::bit_width(static_cast<std::uint64_t>(bands - 1)));
@@ -640,7 +642,7 @@ class LshCodec final : public Codec {
     stream.assignment.insert(stream.assignment.end(), n, -1);
   }
 
-  // Bits, as Plan::bits counts them, of a parcel that explains itself and has no clusters; from a
+  // Bits, as Plan counts them, of a parcel that explains itself and has no clusters; from a
   // sample of the rows.
   double explained_bits(const Source& source, int64_t first, int64_t rows) const {
     constexpr int64_t kSample = 64;
@@ -652,8 +654,9 @@ class LshCodec final : public Codec {
     load({source.data, sample.data(), count}, 0, count, work);
     const StepCode steps(set_bounds(count, work));
     RowCoder<float> base_coder(context().hidden_size, StepCode(), 0);
-    const double bits = choose_plan(count, steps, work, base_coder, /*clusters=*/false).bits;
-    return bits * static_cast<double>(rows) / static_cast<double>(count);
+    const Plan plan = choose_plan(count, steps, work, base_coder, /*clusters=*/false);
+    return plan.row_bits * static_cast<double>(rows) / static_cast<double>(count) +
+           plan.shared_bits;
   }
 
   // How the rows of one group are coded: what pays, by measuring a sample of them.
@@ -661,7 +664,9 @@ class LshCodec final : public Codec {
     Clusters clusters;
     Base base;
     std::vector<std::int32_t> order;  // empty: the channels as they are
-    double bits = 0;                  // estimated; without steps, band indices and header
+    // Estimated, without steps, band indices and header: of the rows, and of what they share.
+    double row_bits = 0, shared_bits = 0;
+    [[nodiscard]] double bits() const { return row_bits + shared_bits; }
   };
 
   Plan choose_plan(int64_t rows, const StepCode& steps, Workspace& work,
@@ -670,19 +675,16 @@ class LshCodec final : public Codec {
     const auto n = static_cast<std::size_t>(rows);
     const std::int64_t bands = base_coder.layout().bands;
     RowCoder<T> estimator(hidden, steps, 0);
-    const std::int64_t stride =
-        std::max<std::int64_t>(1, rows / std::clamp<std::int64_t>(rows / 8, 16, 64));
-    const double samples = static_cast<double>((rows + stride - 1) / stride);
     const double order_cost = 8.0 * static_cast<double>(order_bytes(hidden, bands));
 
-    Plan best;
-    best.clusters.assignment.assign(n, -1);
-    bool first = true;
-    const auto consider = [&](Plan&& plan) {
+    // Sets the plan's bits from about `sample` of its rows; drops an order that does not pay.
+    // Centroids are coded in the channel order: it stays with them.
+    const auto measure = [&](Plan& plan, std::int64_t sample) {
+      const std::int64_t stride = std::max<std::int64_t>(1, rows / sample);
       const auto bases = natural_bases(plan, hidden);
       std::vector<float> residual(static_cast<std::size_t>(hidden));
-      std::int64_t plain = 0, ordered = 0;
-      for (int64_t i = 0; i < rows; i += stride) {
+      std::int64_t plain = 0, ordered = 0, sampled = 0;
+      for (int64_t i = 0; i < rows; i += stride, ++sampled) {
         const auto row = static_cast<std::size_t>(i);
         const float* base = bases.data() + (plan.clusters.assignment[row] + 1) * hidden;
         const float* x = work.x.data() + i * hidden;
@@ -696,30 +698,27 @@ class LshCodec final : public Codec {
         plain += bits_plain;
         ordered += bits_ordered;
       }
-      const double scale = static_cast<double>(rows) / samples;
-      const double shared = 8.0 * (static_cast<double>(plan.base.bytes()) +
-                                   static_cast<double>(n * centroid_id_bytes(plan.clusters.count)));
-      const double bits_plain = scale * static_cast<double>(plain) + shared;
-      const double bits_ordered = scale * static_cast<double>(ordered) + shared + order_cost;
-      // Centroids are coded in the channel order: it stays with them.
-      const bool keep_order =
-          !plan.order.empty() && (plan.clusters.count > 0 || bits_ordered < bits_plain);
-      plan.bits = keep_order ? bits_ordered : bits_plain;
-      if (first || plan.bits < best.bits) {
-        if (!keep_order) plan.order.clear();
-        best = std::move(plan);
+      const double scale = static_cast<double>(rows) / static_cast<double>(sampled);
+      plan.row_bits = scale * static_cast<double>(plain) +
+                      static_cast<double>(8 * n * centroid_id_bytes(plan.clusters.count));
+      plan.shared_bits = 8.0 * static_cast<double>(plan.base.bytes());
+      if (plan.order.empty()) return;
+      const double saved = scale * static_cast<double>(plain - ordered);
+      if (plan.clusters.count == 0 && saved <= order_cost) {
+        plan.order.clear();
+        return;
       }
-      first = false;
+      plan.row_bits -= saved;
+      plan.shared_bits += order_cost;
     };
+    const std::int64_t sample = std::clamp<std::int64_t>(rows / 8, 16, 64);
 
     std::vector<float> mean(static_cast<std::size_t>(hidden));
     const bool usable_mean = group_mean(mean, rows, work);
-    {
-      Plan plan;
-      plan.clusters.assignment.assign(n, -1);
-      plan.order = channel_order(rows, plan, work);
-      consider(std::move(plan));
-    }
+    Plan best;
+    best.clusters.assignment.assign(n, -1);
+    best.order = channel_order(rows, best, work);
+    measure(best, sample);
     Base with_mean;
     if (usable_mean) {
       with_mean.mean = code_base_row(base_coder, mean.data(), nullptr, nullptr, kMeanError,
@@ -728,7 +727,8 @@ class LshCodec final : public Codec {
       plan.clusters.assignment.assign(n, -1);
       plan.base = with_mean;
       plan.order = channel_order(rows, plan, work);
-      consider(std::move(plan));
+      measure(plan, sample);
+      if (plan.bits() < best.bits()) best = std::move(plan);
     }
     if (!usable_mean || !clusters) return best;
     const double scale = project(rows, mean.data(), work);
@@ -753,8 +753,14 @@ class LshCodec final : public Codec {
                         kCentroidError, plan.base.records, plan.base.payloads);
       std::copy(decoded.begin(), decoded.end(), plan.base.centroids.begin() + k * hidden);
     }
-    consider(std::move(plan));
-    return best;
+    measure(plan, sample);
+    if (plan.bits() < best.bits() && plan.bits() > kSampleTrust * best.bits()) {
+      // A narrow gain may be the sample's luck.
+      constexpr std::int64_t kMore = 256;
+      measure(plan, kMore);
+      measure(best, kMore);
+    }
+    return plan.bits() < best.bits() ? std::move(plan) : std::move(best);
   }
 
   // mean [hidden] of the group; false when it left the range of fp32.

@@ -63,6 +63,15 @@ MoELayerOptions& MoELayerOptions::codec_backward(const CodecOptions& c) {
 const CodecOptions& MoELayerOptions::codec(Direction direction) const {
   return exchange_.codec(direction);
 }
+DispatcherOptions MoELayerOptions::dispatcher_options() const {
+  DispatcherOptions options = exchange_;
+  options.hidden_size(hidden_size_)
+      .num_experts(num_experts_)
+      .alignment(alignment_)
+      .layer(layer_)
+      .codec_on_self(codec_on_self_);
+  return options;
+}
 
 void validate(const MoELayerOptions& o, int ep_size) {
   validate(gate_options(o));
@@ -70,9 +79,7 @@ void validate(const MoELayerOptions& o, int ep_size) {
                   " (must be at least 1)");
   LSHMOE_VALIDATE(o.shared_expert_size() >= 0, "shared_expert_size is ", o.shared_expert_size(),
                   " (must be 0 for none, or positive)");
-  LSHMOE_VALIDATE(ep_size >= 1 && o.num_experts() % ep_size == 0, "num_experts ", o.num_experts(),
-                  " is not divisible by ep_size ", ep_size,
-                  " (each rank holds the same number of experts): change one of them");
+  validate(o.dispatcher_options(), ep_size);
   validate(experts_options(o, o.ffn_hidden_size(), o.num_experts() / ep_size, 0));
 }
 
@@ -80,13 +87,7 @@ MoELayerImpl::MoELayerImpl(MoELayerOptions layer_options, ExpertGroups groups)
     : options(std::move(layer_options)), groups_(std::move(groups)) {
   validate(options, groups_.expert->size());
   gate = register_module("gate", Gate(gate_options(options)));
-  DispatcherOptions exchange = options.exchange_;
-  exchange.hidden_size(options.hidden_size())
-      .num_experts(options.num_experts())
-      .alignment(options.alignment())
-      .layer(options.layer())
-      .codec_on_self(options.codec_on_self());
-  dispatcher_ = std::make_unique<Dispatcher>(exchange, groups_);
+  dispatcher_ = std::make_unique<Dispatcher>(options.dispatcher_options(), groups_);
   const int64_t local = dispatcher_->num_local_experts();
   const int64_t first = dispatcher_->first_local_expert();
   if (options.custom_expert()) {

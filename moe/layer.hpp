@@ -51,10 +51,11 @@ struct MoELayerOptions {
   MoELayerOptions& codec_combine(const CodecOptions& c);
   MoELayerOptions& codec_backward(const CodecOptions& c);
   [[nodiscard]] const CodecOptions& codec(Direction direction) const;
+  /// The part of the options that a Dispatcher takes.
+  [[nodiscard]] DispatcherOptions dispatcher_options() const;
 
  private:
   DispatcherOptions exchange_{1, 1};  // holds the codecs only
-  friend class MoELayerImpl;
 };
 /// Throws InvalidArgument naming the option, and what it clashes with.
 void validate(const MoELayerOptions& options, int ep_size);

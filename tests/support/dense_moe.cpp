@@ -28,13 +28,14 @@ at::Tensor dense_expert(const at::Tensor& x, const std::map<std::string, at::Ten
 }
 
 /// The k experts of the highest `score`, ties to the lowest index.
-std::vector<int64_t> choose(const at::Tensor& score, int64_t k) {
+std::vector<int64_t> choose(const at::Tensor& scores, int64_t k) {
+  const auto score = scores.accessor<double, 1>();
   std::vector<int64_t> chosen;
   for (int64_t i = 0; i < k; ++i) {
     int64_t best = -1;
-    for (int64_t e = 0; e < score.numel(); ++e) {
+    for (int64_t e = 0; e < score.size(0); ++e) {
       if (std::find(chosen.begin(), chosen.end(), e) != chosen.end()) continue;
-      if (best < 0 || score[e].item<double>() > score[best].item<double>()) best = e;
+      if (best < 0 || score[e] > score[best]) best = e;
     }
     chosen.push_back(best);
   }

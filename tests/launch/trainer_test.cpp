@@ -1,0 +1,264 @@
+// The training loop: bit-equal runs, layouts that change nothing, every option trains.
+
+#include "lshmoe/launch/trainer.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "lshmoe/comm/self/self.hpp"
+#include "lshmoe/launch/random.hpp"
+#include "tests/support/main.hpp"
+
+namespace lshmoe::launch {
+namespace {
+
+using testing::world;
+
+constexpr int64_t kVocab = 32, kGlobalBatch = 8, kSeqLen = 16;
+
+/// Sequences in which each token follows from the one before; one in eight is random.
+class Sequences final : public DataSource {
+ public:
+  int64_t vocab_size() const override { return kVocab; }
+  at::Tensor train_windows(int64_t step, int64_t first, int64_t count) const override {
+    return windows(step, first, count);
+  }
+  int64_t num_eval_windows() const override { return 7; }  // no multiple of 2 or 4 ranks
+  at::Tensor eval_windows(int64_t first, int64_t count) const override {
+    return windows(0, first, count);
+  }
+  int64_t fingerprint() const override { return 1; }
+
+ private:
+  static at::Tensor windows(int64_t step, int64_t first, int64_t count) {
+    at::Tensor out = at::empty({count, kSeqLen + 1}, at::kLong);
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t token = 0;
+      for (int64_t t = 0; t <= kSeqLen; ++t) {
+        const auto bits = random_bits(static_cast<uint64_t>(step), static_cast<uint64_t>(first + i),
+                                      static_cast<uint64_t>(t));
+        token = t == 0 || bits % 8 == 0 ? random_below(bits, kVocab) : (5 * token + 3) % kVocab;
+        out[i][t] = token;
+      }
+    }
+    return out;
+  }
+};
+
+TrainOptions options(std::vector<const char*> more = {}) {
+  TrainOptions made{};
+  OptionParser parser("test", "");
+  add_train_options(parser, made);
+  // Small and fast, unless `more` says otherwise.
+  const char* const base[][2] = {{"--hidden-size", "16"},  {"--heads", "2"},
+                                 {"--num-experts", "8"},   {"--ffn-hidden-size", "16"},
+                                 {"--warmup-steps", "5"},  {"--dense-ffn-hidden-size", "16"},
+                                 {"--lr", "0.03"},         {"--steps", "20"},
+                                 {"--aux-loss-coeff", "0"}};
+  std::vector<const char*> args = {"test"};
+  args.insert(args.end(), more.begin(), more.end());
+  for (const auto& [name, value] : base) {
+    const auto is_name = [name = std::string_view(name)](const char* word) { return word == name; };
+    if (std::none_of(more.begin(), more.end(), is_name)) args.insert(args.end(), {name, value});
+  }
+  EXPECT_TRUE(parser.parse(static_cast<int>(args.size()), args.data(), /*print_help=*/false));
+  made.seq_len = kSeqLen;
+  return made;
+}
+
+/// The global batch shared out among the ranks of `groups`.
+Trainer make_trainer(TrainOptions o, const ExpertGroups& groups, const DataSource& data) {
+  o.batch_size = kGlobalBatch / groups.world->size();
+  validate(o, groups.world->size());
+  return Trainer(o, groups, data);
+}
+
+struct Course {
+  std::vector<StepReport> steps;
+  double eval_loss = 0;
+};
+Course train_steps(const TrainOptions& o, const ExpertGroups& groups, int64_t steps = 20) {
+  const Sequences data;
+  Trainer trainer = make_trainer(o, groups, data);
+  Course run;
+  for (int64_t i = 0; i < steps; ++i) run.steps.push_back(trainer.step(/*stop=*/false));
+  run.eval_loss = trainer.evaluate();
+  return run;
+}
+
+void expect_equal_losses(const Course& a, const Course& b, double relative_tolerance) {
+  const auto expect_near = [&](double x, double y) {
+    EXPECT_LE(std::abs(x - y), relative_tolerance * std::abs(y)) << x << " " << y;
+  };
+  for (std::size_t i = 0; i < a.steps.size(); ++i) {
+    SCOPED_TRACE("step " + std::to_string(i + 1));
+    expect_near(a.steps[i].loss, b.steps[i].loss);
+    expect_near(a.steps[i].grad_norm, b.steps[i].grad_norm);
+  }
+  expect_near(a.eval_loss, b.eval_loss);
+}
+
+ExpertGroups alone() { return make_expert_groups(make_self_communicator()); }
+
+TEST(LearningRate, WarmsUpThenFollowsACosine) {
+  TrainOptions o = options();
+  o.lr = 1.0;
+  o.min_lr = 0.2;
+  o.warmup_steps = 10;
+  o.steps = 110;
+  EXPECT_DOUBLE_EQ(learning_rate(o, 1), 0.1);
+  EXPECT_DOUBLE_EQ(learning_rate(o, 5), 0.5);
+  EXPECT_DOUBLE_EQ(learning_rate(o, 10), 1.0);
+  EXPECT_NEAR(learning_rate(o, 35), 0.6 + 0.4 * std::sqrt(0.5), 1e-12);  // a quarter of the way
+  EXPECT_NEAR(learning_rate(o, 60), 0.6, 1e-12);
+  EXPECT_NEAR(learning_rate(o, 110), 0.2, 1e-12);
+  o.warmup_steps = 0;
+  EXPECT_LT(learning_rate(o, 1), 1.0);
+  EXPECT_GT(learning_rate(o, 1), 0.999);
+  o.warmup_steps = o.steps = 10;  // nothing but warm-up
+  EXPECT_DOUBLE_EQ(learning_rate(o, 10), 1.0);
+}
+
+TEST(Trainer, LayoutChangesNothing) {
+  const Course expected = train_steps(options(), alone());
+  EXPECT_LT(expected.steps.back().loss, expected.steps.front().loss - 0.7);
+  EXPECT_LT(expected.eval_loss, expected.steps.front().loss - 0.7);
+  for (int ep_size = 1; ep_size <= world()->size(); ep_size *= 2) {
+    SCOPED_TRACE("ep_size " + std::to_string(ep_size));
+    const ExpertGroups groups = make_expert_groups(world(), ep_size);
+    const Course plain = train_steps(options(), groups);
+    expect_equal_losses(plain, expected, 1e-4);
+    // A codec that may not err changes not one bit.
+    expect_equal_losses(train_steps(options({"--compress", "lsh", "--max-error", "0"}), groups),
+                        plain, 0);
+    EXPECT_EQ(plain.steps[0].bytes_raw > 0, ep_size > 1);
+  }
+}
+
+TEST(Trainer, SameSeedSameBits) {
+  const ExpertGroups groups = make_expert_groups(world());
+  const TrainOptions o = options({"--compress", "lsh", "--aux-loss-coeff", "0.01"});
+  const Course first = train_steps(o, groups), second = train_steps(o, groups);
+  expect_equal_losses(first, second, 0);
+  for (std::size_t i = 0; i < first.steps.size(); ++i) {
+    EXPECT_EQ(first.steps[i].bytes_sent, second.steps[i].bytes_sent);
+    EXPECT_EQ(first.steps[i].aux_loss, second.steps[i].aux_loss);
+  }
+  TrainOptions other = o;
+  other.seed = 1;
+  EXPECT_NE(train_steps(other, groups, 1).steps[0].loss, first.steps[0].loss);
+}
+
+TEST(Trainer, ReportsWhatWentOverTheWire) {
+  const ExpertGroups groups = make_expert_groups(world());
+  const Sequences data;
+  Trainer trainer =
+      make_trainer(options({"--compress", "lsh", "--max-error", "0.05"}), groups, data);
+  const auto exchanged = [&] {
+    std::int64_t sum = 0;
+    for (const Purpose purpose : {Purpose::plan, Purpose::dispatch, Purpose::combine,
+                                  Purpose::combine_backward, Purpose::dispatch_backward}) {
+      sum += static_cast<std::int64_t>(groups.expert->traffic(purpose).bytes_sent);
+    }
+    world()->all_reduce(std::span(&sum, 1), ReduceOp::sum, Purpose::control);
+    return sum;
+  };
+  for (int i = 0; i < 5; ++i) {
+    const std::int64_t before = exchanged();
+    const StepReport report = trainer.step(/*stop=*/false);
+    EXPECT_EQ(static_cast<std::int64_t>(report.bytes_sent), exchanged() - before);
+    EXPECT_LE(report.max_relative_error, 0.05 * (1 + 1e-6));
+    EXPECT_LE(report.max_error_ratio, 1.0);
+    EXPECT_GE(report.expert_load_max_over_mean, 1.0);
+    EXPECT_LE(report.expert_load_max_over_mean, 8.0);
+    if (world()->size() == 1) {
+      EXPECT_EQ(report.bytes_raw, 0);
+      continue;
+    }
+    EXPECT_GT(report.max_relative_error, 0.0);
+    EXPECT_GT(report.max_error_ratio, 0.5);
+    // Each token goes to 1 .. min(2, ranks - 1) other ranks, or none, there and back, twice: 2
+    // bytes an element.
+    EXPECT_GT(report.bytes_raw, 0);
+    EXPECT_LE(report.bytes_raw, 4.0 * 2 * 16 * kGlobalBatch * kSeqLen * 2);
+    EXPECT_EQ(std::fmod(report.bytes_raw, 4.0 * 2 * 16), 0.0);
+  }
+}
+
+TEST(Trainer, TimesAreParts) {
+  const Course run = train_steps(options({"--compress", "lsh"}), make_expert_groups(world()), 3);
+  for (const StepReport& report : run.steps) {
+    const PhaseSeconds& s = report.seconds;
+    for (const double part : {s.experts, s.gradients, s.optimiser}) EXPECT_GT(part, 0.0);
+    EXPECT_LE(s.experts + s.codec + s.alltoall + s.gradients + s.optimiser, s.step);
+  }
+}
+
+TEST(Trainer, OneRanksStopStopsAll) {
+  const Sequences data;
+  Trainer trainer = make_trainer(options(), make_expert_groups(world()), data);
+  EXPECT_FALSE(trainer.step(false).stop);
+  EXPECT_TRUE(trainer.step(world()->rank() == world()->size() - 1).stop);
+}
+
+TEST(Trainer, CountsParametersOverAllRanks) {
+  const Sequences data;
+  const int64_t expected = make_trainer(options(), alone(), data).num_parameters();
+  for (int ep_size = 1; ep_size <= world()->size(); ep_size *= 2) {
+    Trainer trainer = make_trainer(options(), make_expert_groups(world(), ep_size), data);
+    EXPECT_EQ(trainer.num_parameters(), expected);
+    EXPECT_EQ(trainer.tokens_per_step(), kGlobalBatch * kSeqLen);
+  }
+}
+
+TEST(Trainer, DivergenceIsSaidByAllRanks) {
+  const Sequences data;
+  Trainer trainer =
+      make_trainer(options({"--lr", "1e30", "--warmup-steps", "0", "--clip-grad", "0"}),
+                   make_expert_groups(world()), data);
+  std::string text;
+  for (int i = 0; i < 5 && text.empty(); ++i) {
+    try {
+      (void)trainer.step(false);
+    } catch (const NotFinite& error) {
+      text = error.what();
+    }
+  }
+  EXPECT_NE(text.find("training diverged): lower --lr"), std::string::npos) << text;
+}
+
+TEST(Trainer, EveryOptionTrains) {
+  const std::vector<std::vector<const char*>> cases = {
+      {"--score-function", "sigmoid", "--expert-bias-rate", "0.01"},
+      {"--capacity-factor", "1", "--compress", "lsh"},
+      {"--capacity-factor", "0.75", "--drop-policy", "position"},
+      {"--dtype", "bf16", "--compress", "lsh"},
+      {"--compress", "bf16"},
+      {"--compress", "lsh", "--restore", "source"},
+      {"--compress", "lsh", "--compress-backward", "bf16", "--error-reference", "group"},
+      {"--compress", "lsh", "--max-clusters", "0", "--max-error-backward", "0.3"},
+      {"--compress", "lsh", "--codec-on-self"},
+      {"--activation", "swiglu"},
+      {"--activation", "relu", "--moe-every", "1", "--z-loss-coeff", "0.001"},
+      {"--shared-expert-size", "8", "--top-k", "1", "--aux-loss-coeff", "0.01"},
+  };
+  const int ep_size = world()->size() == 4 ? 2 : world()->size();  // replicas too
+  const ExpertGroups groups = make_expert_groups(world(), ep_size);
+  for (const auto& more : cases) {
+    std::string name;
+    for (const char* word : more) name += std::string(" ") + word;
+    SCOPED_TRACE(name);
+    const Course run = train_steps(options(more), groups);
+    EXPECT_NEAR(run.steps.front().loss, std::log(double{kVocab}), 0.3);
+    EXPECT_LT(run.steps.back().loss, run.steps.front().loss - 0.7);
+    EXPECT_LT(run.eval_loss, run.steps.front().loss - 0.7);
+  }
+}
+
+}  // namespace
+}  // namespace lshmoe::launch

@@ -1,0 +1,232 @@
+// GradientReducer: whatever ep_size is, the gradients are those of the mean loss of the global
+// batch.
+
+#include "lshmoe/moe/gradients.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "lshmoe/moe/layer.hpp"
+#include "lshmoe/runtime/error.hpp"
+#include "tests/support/layer_runs.hpp"
+#include "tests/support/main.hpp"
+
+namespace lshmoe {
+namespace {
+using testing::DenseLayer;
+using testing::input_of_rank;
+using testing::make_layer;
+using testing::RankInput;
+using testing::relative_error;
+using testing::run_dense;
+using testing::run_layer;
+using testing::world;
+
+constexpr int64_t kHidden = 8, kExperts = 8;
+
+MoELayerOptions small() {
+  return MoELayerOptions(kHidden, 12, kExperts).top_k(2).shared_expert_size(4).seed(4);
+}
+
+/// A model with a layer somewhere inside.
+struct Model : torch::nn::Module {
+  explicit Model(MoELayer moe_layer) : layer(std::move(moe_layer)) {
+    before = register_module("before", torch::nn::Linear(kHidden, kHidden));
+    inner->push_back(layer);
+    register_module("inner", inner);
+  }
+  torch::nn::Linear before{nullptr};
+  torch::nn::Sequential inner;
+  MoELayer layer;
+};
+
+bool is_expert(const std::string& name) { return name.rfind("experts.", 0) == 0; }
+
+void sum_over_world(at::Tensor& gradient) {
+  world()->all_reduce(
+      std::span(gradient.data_ptr<double>(), static_cast<std::size_t>(gradient.numel())),
+      ReduceOp::sum, Purpose::control);
+}
+
+/// Gradients of (1 / tokens of the world) * sum of <y_t, direction_t>, for all experts, by the
+/// dense loop.
+std::map<std::string, at::Tensor> global_mean_gradients(const RankInput& input, double tokens) {
+  const ExpertGroups alone = make_expert_groups(world(), 1);
+  auto gradients = run_dense(DenseLayer(small()), small(), alone, input).run.gradients;
+  gradients.erase("x");
+  for (auto& [name, gradient] : gradients) {
+    sum_over_world(gradient);
+    gradient.div_(tokens);
+  }
+  return gradients;
+}
+
+class ReducerTest : public ::testing::TestWithParam<bool> {};
+
+TEST_P(ReducerTest, GivesTheGradientOfTheGlobalMeanInAnyLayout) {
+  const bool equal_tokens = GetParam();
+  const int ranks = world()->size(), rank = world()->rank();
+  std::vector<int64_t> tokens_of_rank;
+  int64_t total = 0;
+  for (int r = 0; r < ranks; ++r) {
+    tokens_of_rank.push_back(equal_tokens ? 6 : std::array{5, 0, 17, 1}[r % 4]);
+    total += tokens_of_rank.back();
+  }
+  const RankInput input = input_of_rank(rank, tokens_of_rank[rank], kHidden);
+  const auto expected = global_mean_gradients(input, static_cast<double>(total));
+  for (int ep = 1; ep <= ranks; ep *= 2) {
+    for (const at::ScalarType dtype : {at::kDouble, at::kFloat}) {
+      SCOPED_TRACE(::testing::Message() << "ep_size " << ep << ", " << dtype);
+      const ExpertGroups groups = make_expert_groups(world(), ep);
+      Model model(make_layer(small(), groups, dtype));
+      GradientReducer reducer(groups, model);
+      // The rank's loss is the mean over its tokens, scaled by tokens * W / total.
+      (void)run_layer(model.layer, input.rows, dtype,
+                      input.direction * static_cast<double>(ranks) / static_cast<double>(total));
+      reducer.reduce();
+      const int64_t local = kExperts / ep;
+      for (const auto& parameter : model.layer->named_parameters()) {
+        const std::string& name = parameter.key();
+        at::Tensor want = expected.at(name);
+        if (is_expert(name)) want = want.narrow(0, local * groups.expert->rank(), local);
+        EXPECT_LE(relative_error(parameter.value().grad(), want),
+                  dtype == at::kDouble ? 1e-12 : 1e-5)
+            << name;
+        // Equal bits wherever the parameter lives.
+        Communicator& holders = is_expert(name) ? *groups.replica : *world();
+        at::Tensor first = parameter.value().grad().clone();
+        holders.broadcast(first.data_ptr(), first.nbytes(), 0, Purpose::control);
+        EXPECT_TRUE(at::equal(first, parameter.value().grad())) << name;
+      }
+      // Nothing flowed to the Linear: that counts as zeros.
+      EXPECT_TRUE(at::equal(model.before->weight.grad(), at::zeros_like(model.before->weight)));
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Tokens, ReducerTest, ::testing::Values(true, false),
+                         [](const auto& info) { return info.param ? "Equal" : "Uneven"; });
+
+TEST(GradientReducer, SortsParameters) {
+  const ExpertGroups groups = make_expert_groups(world());
+  Model model(make_layer(small(), groups));
+  model.before->bias.set_requires_grad(false);
+  at::Tensor own_expert = at::zeros({3}).set_requires_grad(true);
+  const GradientReducer reducer(groups, model, {own_expert});
+  // Linear weight, gate, shared expert's w1 b1 w2 b2; experts' four and the one given.
+  EXPECT_EQ(reducer.shared_parameters().size(), 6U);
+  EXPECT_EQ(reducer.expert_parameters().size(), 5U);
+  EXPECT_TRUE(reducer.expert_parameters().back().is_same(own_expert));
+  // A layer that is the whole model.
+  MoELayer layer(small(), groups);
+  EXPECT_EQ(GradientReducer(groups, *layer).expert_parameters().size(), 4U);
+}
+
+TEST(GradientReducer, TiedParametersAreReducedOnce) {
+  struct Tied : torch::nn::Module {
+    Tied() {
+      weight = register_parameter("weight", at::zeros({4}));
+      register_parameter("same", weight);
+    }
+    at::Tensor weight;
+  } model;
+  GradientReducer reducer(make_expert_groups(world()), model);
+  model.weight.mutable_grad() = at::full({4}, static_cast<float>(world()->rank() + 1));
+  reducer.reduce();
+  const double mean = (world()->size() + 1) / 2.0;
+  EXPECT_TRUE(at::allclose(model.weight.grad(), at::full({4}, mean))) << model.weight.grad();
+  EXPECT_NEAR(reducer.clip_grad_norm(0), 2 * mean, 1e-6);
+}
+
+TEST(GradientReducer, UndefinedGradientsCountAsZeros) {
+  const int ranks = world()->size(), rank = world()->rank();
+  for (int ep = 1; ep <= ranks; ep *= 2) {
+    SCOPED_TRACE(ep);
+    const ExpertGroups groups = make_expert_groups(world(), ep);
+    MoELayer layer(small(), groups);
+    GradientReducer reducer(groups, *layer);
+    // Only the last rank has gradients: ones.
+    if (rank == ranks - 1) {
+      for (at::Tensor& parameter : layer->parameters())
+        parameter.mutable_grad() = at::ones_like(parameter);
+    }
+    reducer.reduce();
+    EXPECT_TRUE(
+        at::allclose(layer->gate->weight.grad(), at::full_like(layer->gate->weight, 1.0 / ranks)));
+    const bool replica_of_last = groups.expert->rank() == ep - 1;
+    EXPECT_TRUE(at::allclose(layer->experts->w1.grad(),
+                             at::full_like(layer->experts->w1, replica_of_last ? 1.0 / ranks : 0)));
+  }
+}
+
+TEST(GradientReducer, ClipsByTheNormOfTheWholeModel) {
+  const int ranks = world()->size();
+  const RankInput input = input_of_rank(world()->rank(), 6, kHidden);
+  double squares = 0;  // shared parameters once, every expert once
+  for (const auto& [name, gradient] : global_mean_gradients(input, 6.0 * ranks))
+    squares += gradient.square().sum().item<double>();
+  const double expected = std::sqrt(squares);
+  for (int ep = 1; ep <= ranks; ep *= 2) {
+    SCOPED_TRACE(ep);
+    const ExpertGroups groups = make_expert_groups(world(), ep);
+    MoELayer layer = make_layer(small(), groups, at::kDouble);
+    GradientReducer reducer(groups, *layer);
+    (void)run_layer(layer, input.rows, at::kDouble, input.direction / 6);
+    reducer.reduce();
+    const auto copies = [&] {
+      std::vector<at::Tensor> gradients;
+      for (const at::Tensor& parameter : layer->parameters())
+        gradients.push_back(parameter.grad().clone());
+      return gradients;
+    };
+    const auto before = copies();
+    const auto expect_scaled = [&](double scale) {
+      const auto after = copies();
+      for (std::size_t i = 0; i < after.size(); ++i) {
+        EXPECT_LE(relative_error(after[i], before[i] * scale), scale == 1 ? 0 : 1e-13);
+      }
+    };
+    EXPECT_NEAR(reducer.clip_grad_norm(0), expected, 1e-12 * expected);
+    expect_scaled(1);
+    EXPECT_NEAR(reducer.clip_grad_norm(2 * expected), expected, 1e-12 * expected);
+    expect_scaled(1);
+    EXPECT_NEAR(reducer.clip_grad_norm(0.25 * expected), expected, 1e-12 * expected);
+    expect_scaled(0.25);
+    EXPECT_NEAR(reducer.clip_grad_norm(0), 0.25 * expected, 1e-12 * expected);
+  }
+}
+
+void expect_refused(const ExpertGroups& groups, torch::nn::Module& model, const std::string& what) {
+  try {
+    const GradientReducer reducer(groups, model);
+    ADD_FAILURE() << "ranks with different models went on";
+  } catch (const InvalidArgument& error) {
+    const std::string text = error.what();
+    EXPECT_NE(text.find("the " + what +
+                        " parameters of rank 1 differ in number, size or dtype "
+                        "from rank 0's"),
+              std::string::npos)
+        << text;
+    EXPECT_NE(text.find("build the same model on every rank"), std::string::npos) << text;
+  }
+}
+
+TEST(GradientReducer, RefusesDifferentModels) {
+  if (world()->size() == 1) GTEST_SKIP() << "needs peers";
+  const bool odd = world()->rank() == 1;
+  const ExpertGroups groups = make_expert_groups(world()),
+                     replicas = make_expert_groups(world(), 1);
+  torch::nn::Linear wider(4, odd ? 5 : 4);
+  expect_refused(groups, *wider, "shared");
+  torch::nn::Linear without_bias(torch::nn::LinearOptions(4, 4).bias(!odd));
+  expect_refused(groups, *without_bias, "shared");
+  torch::nn::Linear of_double(4, 4);
+  if (odd) of_double->to(at::kDouble);
+  expect_refused(groups, *of_double, "shared");
+  MoELayer larger(MoELayerOptions(4, odd ? 9 : 8, 4), replicas);
+  expect_refused(replicas, *larger, "expert");
+}
+
+}  // namespace
+}  // namespace lshmoe

@@ -1,0 +1,441 @@
+// The layer against the dense loop, forward and backward, at any number of ranks.
+
+#include "lshmoe/moe/layer.hpp"
+
+#include <gtest/gtest.h>
+
+#include <numeric>
+
+#include "lshmoe/runtime/error.hpp"
+#include "tests/support/layer_runs.hpp"
+#include "tests/support/main.hpp"
+
+namespace lshmoe {
+namespace {
+using testing::DenseLayer;
+using testing::DenseRun;
+using testing::expect_runs_equal;
+using testing::input_of_rank;
+using testing::LayerRun;
+using testing::make_layer;
+using testing::RankInput;
+using testing::relative_error;
+using testing::run_dense;
+using testing::run_layer;
+using testing::world;
+
+constexpr int64_t kHidden = 16, kFfn = 32;
+
+/// bfloat16 keeps 3 digits, and the router's gradient is a difference of outputs.
+double tolerance_of(at::ScalarType dtype) {
+  return dtype == at::kDouble ? 1e-12 : dtype == at::kFloat ? 1e-5 : 5e-2;
+}
+
+MoELayerOptions small(int64_t experts = 8) {
+  return MoELayerOptions(kHidden, kFfn, experts).seed(3).layer(2);
+}
+
+RankInput own_input(int64_t tokens, uint64_t seed = 1) {
+  return input_of_rank(world()->rank(), tokens, kHidden, seed);
+}
+
+std::vector<int64_t> same_on_all(int64_t tokens) {
+  return std::vector<int64_t>(static_cast<std::size_t>(world()->size()), tokens);
+}
+
+/// 0, 1, 7 and 33 tokens, dealt to the ranks from `shift` on.
+std::vector<int64_t> uneven(int shift) {
+  std::vector<int64_t> tokens;
+  for (int r = 0; r < world()->size(); ++r)
+    tokens.push_back(std::array{33, 0, 7, 1}[static_cast<std::size_t>((r + shift) % 4)]);
+  return tokens;
+}
+
+int64_t own(const std::vector<int64_t>& tokens_of_rank) {
+  return tokens_of_rank[static_cast<std::size_t>(world()->rank())];
+}
+
+/// Forward and all gradients are those of the dense loop. expert_bias: undefined, or the gate's.
+void expect_dense(const MoELayerOptions& options, const ExpertGroups& groups,
+                  const std::vector<int64_t>& tokens_of_rank,
+                  const std::vector<at::ScalarType>& dtypes, const at::Tensor& expert_bias = {}) {
+  DenseLayer dense(options);
+  if (expert_bias.defined()) dense.expert_bias = expert_bias;
+  const RankInput input = own_input(own(tokens_of_rank));
+  const DenseRun expected = run_dense(dense, options, groups, input);
+  for (const at::ScalarType dtype : dtypes) {
+    SCOPED_TRACE(dtype);
+    MoELayer layer = make_layer(options, groups, dtype);
+    if (expert_bias.defined()) layer->gate->expert_bias.copy_(expert_bias);
+    const LayerRun got = run_layer(layer, input.rows, dtype, input.direction);
+    expect_runs_equal(got, expected.run, tolerance_of(dtype));
+    EXPECT_EQ(got.stats.tokens_per_expert, expected.tokens_per_expert);
+  }
+}
+
+class LayerTest : public ::testing::TestWithParam<std::tuple<int, int, const char*>> {};
+
+TEST_P(LayerTest, EqualsDenseLoop) {
+  const auto [experts, k, activation] = GetParam();
+  if (k > experts || experts % world()->size() != 0) GTEST_SKIP() << "no such layer";
+  const ExpertGroups groups = make_expert_groups(world());
+  for (const int64_t tokens : {1, 4, 33}) {
+    SCOPED_TRACE(tokens);
+    expect_dense(
+        small(experts).top_k(k).activation(activation).aux_loss_coeff(0.1).z_loss_coeff(0.01),
+        groups, same_on_all(tokens), {at::kDouble, at::kFloat, at::kBFloat16});
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, LayerTest,
+                         ::testing::Combine(::testing::Values(1, 4, 8), ::testing::Values(1, 2, 3),
+                                            ::testing::Values("relu", "gelu", "swiglu")));
+
+TEST(Layer, UnevenTokens) {
+  const ExpertGroups groups = make_expert_groups(world());
+  for (int shift = 0; shift < 4; ++shift) {
+    SCOPED_TRACE(shift);
+    expect_dense(small().top_k(2).aux_loss_coeff(0.1), groups, uneven(shift),
+                 {at::kDouble, at::kFloat});
+  }
+  expect_dense(small().top_k(2), groups, same_on_all(0), {at::kDouble, at::kFloat});
+}
+
+TEST(Layer, AllTokensToOneRank) {
+  // Expert 5 alone, or experts 4 and 5: all others, and most ranks, get no row.
+  const ExpertGroups groups = make_expert_groups(world());
+  for (const int64_t k : {1, 2}) {
+    SCOPED_TRACE(k);
+    at::Tensor bias = at::zeros({8});
+    bias.slice(0, 6 - k, 6) += 10;
+    expect_dense(small().top_k(k).score_function("sigmoid").aux_loss_coeff(10), groups, uneven(0),
+                 {at::kDouble, at::kFloat}, bias);
+  }
+}
+
+TEST(Layer, SharedExpertCapacityAndAlignment) {
+  const ExpertGroups groups = make_expert_groups(world());
+  for (const char* activation : {"gelu", "swiglu"}) {
+    for (const char* policy : {"probs", "position"}) {
+      SCOPED_TRACE(::testing::Message() << activation << " " << policy);
+      expect_dense(small()
+                       .activation(activation)
+                       .drop_policy(policy)
+                       .capacity_factor(0.75)
+                       .alignment(8)
+                       .shared_expert_size(12),
+                   groups, uneven(0), {at::kDouble, at::kBFloat16});
+    }
+  }
+}
+
+TEST(Layer, FiniteDifferences) {
+  for (const char* score : {"softmax", "sigmoid"}) {
+    SCOPED_TRACE(score);
+    MoELayer layer = make_layer(small()
+                                    .top_k(3)
+                                    .score_function(score)
+                                    .aux_loss_coeff(0.5)
+                                    .z_loss_coeff(0.1)
+                                    .shared_expert_size(8),
+                                make_expert_groups(world()), at::kDouble);
+    const RankInput input = own_input(5 + world()->rank());
+    const at::Tensor x = input.rows.clone();
+    const auto sum = [](double value) {
+      world()->all_reduce(std::span(&value, 1), ReduceOp::sum, Purpose::control);
+      return value;
+    };
+    const auto loss = [&] {
+      const at::NoGradGuard no_grad;
+      const MoEOutput out = layer->forward(x);
+      return sum(((out.output * input.direction).sum() + out.aux_loss + out.z_loss).item<double>());
+    };
+    const LayerRun run = run_layer(layer, x, at::kDouble, input.direction);
+    // One random direction of all ranks at once for each tensor, named alike on all.
+    std::map<std::string, at::Tensor> tensors = {{"x", x}};
+    for (const auto& parameter : layer->named_parameters())
+      tensors[parameter.key()] = parameter.value();
+    constexpr double kStep = 1e-5;
+    at::Generator stream =
+        at::make_generator<at::CPUGeneratorImpl>(static_cast<uint64_t>(7 + world()->rank()));
+    for (const auto& [name, tensor] : tensors) {
+      const at::NoGradGuard no_grad;
+      const at::Tensor direction = at::randn(tensor.sizes(), stream, tensor.options());
+      tensor.add_(direction, kStep);
+      const double ahead = loss();
+      tensor.sub_(direction, 2 * kStep);
+      const double behind = loss();
+      tensor.add_(direction, kStep);
+      const double difference = (ahead - behind) / (2 * kStep);
+      const double expected = sum((run.gradients.at(name) * direction).sum().item<double>());
+      EXPECT_NEAR(difference, expected, 1e-7 * std::max(1.0, std::abs(expected))) << name;
+      EXPECT_NE(expected, 0) << name;
+    }
+  }
+}
+
+TEST(Layer, LayoutChangesNothing) {
+  for (const bool equal_tokens : {true, false}) {
+    const std::vector<int64_t> tokens = equal_tokens ? same_on_all(9) : uneven(0);
+    const RankInput input = own_input(own(tokens));
+    std::optional<LayerRun> alone;
+    for (int ep = 1; ep <= world()->size(); ep *= 2) {
+      SCOPED_TRACE(::testing::Message() << "ep_size " << ep << ", " << tokens);
+      const ExpertGroups groups = make_expert_groups(world(), ep);
+      MoELayer layer = make_layer(small().top_k(3).aux_loss_coeff(0.1).shared_expert_size(8),
+                                  groups, at::kDouble);
+      LayerRun run = run_layer(layer, input.rows, at::kDouble, input.direction);
+      // Expert gradients: the sum over all who hold the expert, of the whole world then.
+      for (auto& [name, gradient] : run.gradients) {
+        if (name.rfind("experts.", 0) != 0) continue;
+        groups.replica->all_reduce(
+            std::span(gradient.data_ptr<double>(), static_cast<std::size_t>(gradient.numel())),
+            ReduceOp::sum, Purpose::gradients);
+      }
+      if (!alone) {
+        alone = run;
+        continue;
+      }
+      LayerRun expected = *alone;
+      for (auto& [name, gradient] : expected.gradients)
+        if (name.rfind("experts.", 0) == 0)
+          gradient = gradient.narrow(0, 8 / ep * groups.expert->rank(), 8 / ep);
+      expect_runs_equal(run, expected, 1e-12);
+    }
+  }
+}
+
+TEST(Layer, RunsRepeatBitForBit) {
+  const std::vector<int64_t> tokens = uneven(0);
+  const RankInput input = own_input(own(tokens));
+  const ExpertGroups groups = make_expert_groups(world());
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    MoELayer layer = make_layer(small().top_k(3).aux_loss_coeff(0.1), groups),
+             again = make_layer(small().top_k(3).aux_loss_coeff(0.1), groups);
+    const LayerRun first = run_layer(layer, input.rows, dtype, input.direction);
+    expect_runs_equal(run_layer(layer, input.rows, dtype, input.direction), first, 0);
+    expect_runs_equal(run_layer(again, input.rows, dtype, input.direction), first, 0);
+  }
+}
+
+TEST(Layer, ShapesAndStridesOfTheInput) {
+  MoELayer layer = make_layer(small(), make_expert_groups(world()));
+  const at::Tensor x = own_input(6).rows.to(at::kFloat);
+  const at::Tensor y = layer->forward(x).output;
+  const at::Tensor batch = layer->forward(x.view({2, 3, kHidden})).output;
+  EXPECT_EQ(batch.sizes(), (std::vector<int64_t>{2, 3, kHidden}));
+  EXPECT_TRUE(at::equal(batch.view({6, kHidden}), y));
+  const at::Tensor strided = x.t().contiguous().t();
+  EXPECT_FALSE(strided.is_contiguous());
+  EXPECT_TRUE(at::equal(layer->forward(strided).output, y));
+  EXPECT_EQ(layer->forward(at::empty({0, 3, kHidden})).output.sizes(),
+            (std::vector<int64_t>{0, 3, kHidden}));
+}
+
+/// The gradients that `backward` leaves in the layer and in xs.
+template <class Backward>
+std::vector<at::Tensor> gradients_after(MoELayer& layer, const std::vector<at::Tensor>& xs,
+                                        Backward backward) {
+  layer->zero_grad();
+  for (at::Tensor x : xs) x.mutable_grad() = at::Tensor();
+  backward();
+  std::vector<at::Tensor> gradients;
+  for (const at::Tensor& x : xs) gradients.push_back(x.grad().clone());
+  for (const at::Tensor& parameter : layer->parameters())
+    gradients.push_back(parameter.grad().clone());
+  return gradients;
+}
+
+void expect_near(const std::vector<at::Tensor>& got, const std::vector<at::Tensor>& expected) {
+  ASSERT_EQ(got.size(), expected.size());
+  for (std::size_t i = 0; i < got.size(); ++i)
+    EXPECT_LE(relative_error(got[i], expected[i]), 1e-12) << "gradient " << i;
+}
+
+TEST(Layer, SeveralForwardsBeforeTheBackwardsAndAccumulation) {
+  MoELayer layer =
+      make_layer(small().aux_loss_coeff(0.1), make_expert_groups(world()), at::kDouble);
+  const RankInput a = own_input(own(uneven(0)), 1), b = own_input(own(uneven(1)), 2);
+  const at::Tensor xa = a.rows.clone().set_requires_grad(true),
+                   xb = b.rows.clone().set_requires_grad(true);
+  const auto loss = [&](const at::Tensor& x, const at::Tensor& direction) {
+    const MoEOutput out = layer->forward(x);
+    return (out.output * direction).sum() + out.aux_loss;
+  };
+  const auto expected = gradients_after(layer, {xa, xb}, [&] {
+    loss(xa, a.direction).backward();
+    loss(xb, b.direction).backward();
+  });
+  expect_near(gradients_after(layer, {xa, xb},
+                              [&] { (loss(xa, a.direction) + loss(xb, b.direction)).backward(); }),
+              expected);
+  expect_near(gradients_after(layer, {xa, xb},
+                              [&] {
+                                const at::Tensor la = loss(xa, a.direction),
+                                                 lb = loss(xb, b.direction);
+                                la.backward();
+                                lb.backward();
+                              }),
+              expected);
+  expect_near(gradients_after(layer, {xa, xb},
+                              [&] {
+                                const at::Tensor la = loss(xa, a.direction),
+                                                 lb = loss(xb, b.direction);
+                                lb.backward();
+                                la.backward();
+                              }),
+              expected);
+  // One graph through the layer twice.
+  const auto twice = [&](MoELayer& l, const at::Tensor& x) {
+    return l->forward(l->forward(x).output).output;
+  };
+  MoELayer alone =
+      make_layer(small().aux_loss_coeff(0.1), make_expert_groups(world(), 1), at::kDouble);
+  const at::Tensor got = twice(layer, xa), reference = twice(alone, xa);
+  EXPECT_LE(relative_error(got, reference), 1e-12);
+  const at::Tensor g = torch::autograd::grad({got}, {xa}, {a.direction})[0];
+  EXPECT_LE(relative_error(g, torch::autograd::grad({reference}, {xa}, {a.direction})[0]), 1e-12);
+}
+
+/// Activation checkpointing: forgets the forward and runs it again in the backward.
+class Recompute : public torch::autograd::Function<Recompute> {
+ public:
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
+                            MoELayerImpl* layer) {
+    ctx->save_for_backward({x});
+    ctx->saved_data["layer"] = reinterpret_cast<int64_t>(layer);
+    const at::NoGradGuard no_grad;
+    return layer->forward(x).output;
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    const at::AutoGradMode with_grad(true);
+    const at::Tensor x = ctx->get_saved_variables()[0].detach().set_requires_grad(true);
+    reinterpret_cast<MoELayerImpl*>(ctx->saved_data["layer"].toInt())
+        ->forward(x)
+        .output.backward(grads[0]);
+    return {x.grad(), {}};
+  }
+};
+
+TEST(Layer, Recomputation) {
+  MoELayer layer = make_layer(small(), make_expert_groups(world()), at::kDouble);
+  const RankInput input = own_input(own(uneven(0)));
+  const at::Tensor x = input.rows.clone().set_requires_grad(true);
+  const auto expected =
+      gradients_after(layer, {x}, [&] { layer->forward(x).output.backward(input.direction); });
+  const auto got = gradients_after(
+      layer, {x}, [&] { Recompute::apply(x, layer.get()).backward(input.direction); });
+  expect_near(got, expected);
+}
+
+TEST(Layer, CustomExperts) {
+  const auto make_expert = [](int64_t e) {
+    torch::manual_seed(static_cast<uint64_t>(100 + e));
+    return torch::nn::AnyModule(torch::nn::Linear(kHidden, kHidden));
+  };
+  const MoELayerOptions options = small().top_k(2).custom_expert(make_expert);
+  const ExpertGroups groups = make_expert_groups(world());
+  MoELayer layer(options, groups);
+  layer->to(at::kDouble);
+  EXPECT_TRUE(layer->experts.is_empty());
+  EXPECT_EQ(layer->expert_parameters().size(), 2U * 8 / static_cast<std::size_t>(world()->size()));
+
+  const std::vector<int64_t> tokens = uneven(0);
+  const RankInput input = own_input(own(tokens));
+  const LayerRun got = run_layer(layer, input.rows, at::kDouble, input.direction);
+
+  // y = sum of w_e (A_e x + b_e), over all ranks' tokens, each with its direction.
+  std::vector<torch::nn::AnyModule> experts;
+  std::vector<at::Tensor> leaves;
+  for (int64_t e = 0; e < 8; ++e) {
+    experts.push_back(make_expert(e));
+    experts.back().ptr()->to(at::kDouble);
+    for (const at::Tensor& parameter : experts.back().ptr()->parameters())
+      leaves.push_back(parameter);
+  }
+  at::Tensor own_output, own_x, total = at::zeros({}, at::kDouble);
+  for (int rank = 0; rank < world()->size(); ++rank) {
+    const RankInput in = input_of_rank(rank, tokens[static_cast<std::size_t>(rank)], kHidden);
+    const at::Tensor x = in.rows.clone().set_requires_grad(true);
+    const auto routing =
+        testing::dense_gate(x, layer->gate->weight.detach(), {}, layer->gate->options);
+    at::Tensor y = at::zeros_like(x);
+    for (int64_t e = 0; e < 8; ++e)
+      y = y + (routing.weights * routing.ids.eq(e)).sum(1, true) *
+                  (x.mm(leaves[2 * static_cast<std::size_t>(e)].t()) +
+                   leaves[2 * static_cast<std::size_t>(e) + 1]);
+    total = total + (y * in.direction).sum();
+    if (rank == world()->rank()) {
+      own_output = y;
+      own_x = x;
+    }
+  }
+  leaves.push_back(own_x);
+  const auto expected = torch::autograd::grad({total}, leaves);
+  EXPECT_LE(relative_error(got.output, own_output), 1e-12);
+  EXPECT_LE(relative_error(got.gradients.at("x"), expected.back()), 1e-12);
+  const int64_t local = 8 / world()->size();
+  for (int64_t e = local * world()->rank(); e < local * (world()->rank() + 1); ++e) {
+    const std::string name = "expert_" + std::to_string(e);
+    EXPECT_LE(relative_error(got.gradients.at(name + ".weight"),
+                             expected[2 * static_cast<std::size_t>(e)]),
+              1e-12);
+    EXPECT_LE(relative_error(got.gradients.at(name + ".bias"),
+                             expected[2 * static_cast<std::size_t>(e) + 1]),
+              1e-12);
+  }
+}
+
+TEST(Layer, RefusesExpertsThatChangeTheShape) {
+  MoELayer layer(small().custom_expert([](int64_t) {
+    return torch::nn::AnyModule(torch::nn::Linear(kHidden, kHidden + 1));
+  }),
+                 make_expert_groups(world()));
+  try {
+    (void)layer->forward(own_input(5).rows.to(at::kFloat));
+    ADD_FAILURE() << "accepted rows of another size";
+  } catch (const InvalidArgument& error) {
+    EXPECT_NE(std::string(error.what()).find("custom expert"), std::string::npos) << error.what();
+  }
+}
+
+TEST(LayerOptions, AreChecked) {
+  const auto refused = [](const MoELayerOptions& options, int ep_size, const std::string& text) {
+    try {
+      validate(options, ep_size);
+      ADD_FAILURE() << "accepted, instead of saying: " << text;
+    } catch (const Error& error) {
+      EXPECT_NE(std::string(error.what()).find(text), std::string::npos) << error.what();
+      EXPECT_EQ(std::string(error.what()).find('\n'), std::string::npos) << error.what();
+    }
+  };
+  EXPECT_NO_THROW(validate(MoELayerOptions(8, 16, 6), 3));
+  refused(MoELayerOptions(8, 16, 6), 4,
+          "num_experts 6 is not divisible by ep_size 4 (each rank holds the same number of "
+          "experts): change one of them");
+  refused(MoELayerOptions(0, 16, 4), 1, "hidden_size is 0 (must be at least 1)");
+  refused(MoELayerOptions(8, 0, 4), 1, "ffn_hidden_size is 0 (must be at least 1)");
+  refused(MoELayerOptions(8, 16, 0), 1, "num_experts is 0");
+  refused(MoELayerOptions(8, 16, 4).top_k(5), 1,
+          "top_k 5 > num_experts 4 (a token cannot choose an expert twice): lower top_k or add "
+          "experts");
+  refused(MoELayerOptions(8, 16, 4).activation("tanh"), 1,
+          "unknown activation 'tanh': use relu, gelu or swiglu");
+  refused(MoELayerOptions(8, 16, 4).score_function("max"), 1,
+          "unknown score_function 'max': use softmax or sigmoid");
+  refused(MoELayerOptions(8, 16, 4).drop_policy("last"), 1, "unknown drop_policy 'last'");
+  refused(MoELayerOptions(8, 16, 4).shared_expert_size(-1), 1, "shared_expert_size is -1");
+  refused(MoELayerOptions(8, 16, 4).alignment(0), 1, "alignment is 0");
+  refused(MoELayerOptions(8, 16, 4).layer(-1), 1, "layer is -1");
+  refused(MoELayerOptions(8, 16, 4).codec(CodecOptions().kind("zip")), 1, "zip");
+  refused(MoELayerOptions(8, 16, 4).codec(CodecOptions().max_error(-1)), 1, "max_error");
+  refused(MoELayerOptions(8, 16, 4).codec_combine(CodecOptions().restore("source")), 1,
+          "restore=source is set for combine");
+  MoELayer layer(small(), make_expert_groups(world()));
+  EXPECT_THROW((void)layer->forward(at::zeros({2, kHidden + 1})), InvalidArgument);
+  EXPECT_THROW((void)layer->forward(at::zeros({kHidden})), InvalidArgument);
+}
+
+}  // namespace
+}  // namespace lshmoe
