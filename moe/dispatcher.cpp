@@ -90,6 +90,11 @@ at::Tensor Dispatcher::combine(const at::Tensor& expert_output, const Dispatched
   return ops::combine(expert_output, d.row_weights, d.plan, exchange);
 }
 
+void Dispatcher::refresh_codecs() const { impl_->context->refresh_codecs(); }
+StateStats Dispatcher::state_stats(Direction direction) const {
+  return impl_->context->state_stats(direction);
+}
+
 const DispatcherOptions& Dispatcher::options() const { return impl_->context->options; }
 int64_t Dispatcher::num_local_experts() const { return impl_->context->num_local_experts(); }
 int64_t Dispatcher::first_local_expert() const {

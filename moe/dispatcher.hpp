@@ -103,6 +103,13 @@ class Dispatcher {
   [[nodiscard]] at::Tensor combine(const at::Tensor& expert_output,
                                    const Dispatched& dispatched) const;
 
+  /// state=learned: fits the codecs anew to what this training step sent, where that is due (see
+  /// Codec::refresh). Call it once an optimiser step, after the backward. Collective over
+  /// groups.expert; without a learned state nothing happens.
+  void refresh_codecs() const;
+  /// The learned state of one exchange. Local.
+  [[nodiscard]] StateStats state_stats(Direction direction) const;
+
   [[nodiscard]] const DispatcherOptions& options() const;
   [[nodiscard]] int64_t num_local_experts() const;
   /// Global index of this rank's first expert.

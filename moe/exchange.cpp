@@ -106,7 +106,7 @@ ExchangeContext::ExchangeContext(DispatcherOptions o, std::shared_ptr<Communicat
   validate(options, comm->size());
 }
 
-const Codec& ExchangeContext::codec(Direction direction, at::ScalarType dtype) {
+Codec& ExchangeContext::codec(Direction direction, at::ScalarType dtype) {
   const std::lock_guard lock(mutex_);
   auto& codec = codecs_[{direction, dtype}];
   if (codec == nullptr) {
@@ -114,6 +114,29 @@ const Codec& ExchangeContext::codec(Direction direction, at::ScalarType dtype) {
                        CodecContext{options.hidden_size(), options.layer(), direction, dtype});
   }
   return *codec;
+}
+
+void ExchangeContext::refresh_codecs() {
+  RECORD_FUNCTION("lshmoe::refresh_codecs", std::vector<c10::IValue>{});
+  const std::lock_guard lock(mutex_);
+  // In the order of their keys, which is the same on all ranks.
+  for (const auto& item : codecs_) item.second->refresh(*comm);
+}
+
+StateStats ExchangeContext::state_stats(Direction direction) {
+  const std::lock_guard lock(mutex_);
+  StateStats sum;
+  for (const auto& [key, codec] : codecs_) {
+    if (key.first != direction) continue;
+    const StateStats stats = codec->state_stats();
+    sum.version = std::max(sum.version, stats.version);
+    sum.centroids = std::max(sum.centroids, stats.centroids);
+    sum.state_bytes += stats.state_bytes;
+    sum.memory_bytes += stats.memory_bytes;
+    sum.bytes_sent += stats.bytes_sent;
+    sum.seconds += stats.seconds;
+  }
+  return sum;
 }
 
 bool ExchangeContext::restores_at_source() const {
@@ -168,7 +191,9 @@ RowsIn Exchange::swap(const RowsOut& out) {
   if (encoded == nullptr) {
     RECORD_FUNCTION("lshmoe::encode", std::vector<c10::IValue>{});
     const Stopwatch watch(s.codec_seconds);
-    made = c.codec(out.direction, out.rows.scalar_type()).encode(out.rows, coded_index, coded);
+    Codec& codec = c.codec(out.direction, out.rows.scalar_type());
+    made = codec.encode(out.rows, coded_index, coded);
+    if (requires_grad) codec.observe(out.rows, coded_index);
     encoded = &made;
   }
   s.rows += encoded->stats.rows;

@@ -27,7 +27,10 @@ class ExchangeContext {
   /// Throws InvalidArgument for options that do not fit each other or the communicator.
   ExchangeContext(DispatcherOptions options, std::shared_ptr<Communicator> comm);
 
-  [[nodiscard]] const Codec& codec(Direction direction, at::ScalarType dtype);
+  [[nodiscard]] Codec& codec(Direction direction, at::ScalarType dtype);
+  /// See Dispatcher. Collective over the expert group.
+  void refresh_codecs();
+  [[nodiscard]] StateStats state_stats(Direction direction);
   [[nodiscard]] bool restores_at_source() const;
   [[nodiscard]] int64_t ranks() const { return comm->size(); }
   [[nodiscard]] int64_t num_local_experts() const { return options.num_experts() / ranks(); }

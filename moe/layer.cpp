@@ -156,6 +156,8 @@ MoEOutput MoELayerImpl::forward(const at::Tensor& x) {
   return out;
 }
 
+void MoELayerImpl::refresh_codecs() { dispatcher_->refresh_codecs(); }
+
 void MoELayerImpl::update_expert_bias() { gate->update_expert_bias(*groups_.world); }
 
 std::vector<at::Tensor> MoELayerImpl::expert_parameters() const {

@@ -91,6 +91,9 @@ class MoELayerImpl : public torch::nn::Module {
   /// See GateImpl::update_expert_bias. Collective over the world.
   void update_expert_bias();
 
+  /// See Dispatcher::refresh_codecs. Collective over groups.expert.
+  void refresh_codecs();
+
   /// Parameters that exist once per expert-parallel rank (the experts'); all others are shared.
   [[nodiscard]] std::vector<at::Tensor> expert_parameters() const;
 
