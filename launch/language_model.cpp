@@ -134,6 +134,12 @@ LanguageModelOutput LanguageModelImpl::forward(const at::Tensor& windows) {
   return out;
 }
 
+void LanguageModelImpl::refresh_codecs() {
+  for (Block& block : blocks_) {
+    if (!block.moe.is_empty()) block.moe->refresh_codecs();
+  }
+}
+
 void LanguageModelImpl::update_expert_bias() {
   for (Block& block : blocks_) {
     if (!block.moe.is_empty()) block.moe->update_expert_bias();

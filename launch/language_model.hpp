@@ -60,6 +60,8 @@ class LanguageModelImpl : public torch::nn::Module {
 
   /// See GateImpl::update_expert_bias. Collective over the world.
   void update_expert_bias();
+  /// See Dispatcher::refresh_codecs. Collective over groups.expert.
+  void refresh_codecs();
 
   const LanguageModelOptions options;
 

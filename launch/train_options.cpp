@@ -30,6 +30,11 @@ CodecOptions forward_codec(const TrainOptions& o) {
       .projection(o.projection)
       .refine(o.refine)
       .max_clusters(o.max_clusters)
+      .state(o.codec_state)
+      .codebook_size(o.codebook_size)
+      .transform(o.transform)
+      .refresh_every(o.refresh_every)
+      .sample_rows(o.sample_rows)
       .alpha(o.alpha)
       .seed(static_cast<std::uint64_t>(o.seed));
 }
@@ -124,6 +129,15 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
           "refine", value<int64_t>(o.refine, 1), "nearest-centroid passes after the hashing")(
           "max-clusters", value<int64_t>(o.max_clusters, 128),
           "most centroids a group of rows may send; 0: none")(
+          "codec-state", value<string>(o.codec_state, "batch"),
+          "batch: parcels explain themselves; learned: a codebook that both ends know")(
+          "codebook-size", value<int64_t>(o.codebook_size, 1024), "learned: centroids at most")(
+          "transform", value<string>(o.transform, "channels"),
+          "of residuals: channels (ordered by energy), or basis (learned only)")(
+          "refresh-every", value<int64_t>(o.refresh_every, 100),
+          "learned: steps between fits, after those at steps 1, 2, 4, ...")(
+          "sample-rows", value<int64_t>(o.sample_rows, 0),
+          "learned: rows a fit sees; 0: 4096, with a basis at least 10 x hidden-size")(
           "alpha", real(o.alpha, 0, "0"), "restore=source: weight of the residual; 1 is the paper")(
           "codec-on-self", po::bool_switch(&o.codec_on_self),
           "rows for the own rank pass the codec too");

@@ -26,6 +26,8 @@ struct TrainOptions {
 
   std::string compress, compress_backward, restore, error_reference;
   double max_error, max_error_backward, alpha;
+  std::string codec_state, transform;
+  int64_t codebook_size, refresh_every, sample_rows;
   int64_t refine, max_clusters, hashes, hash_dim, projection;
   bool codec_on_self;
 

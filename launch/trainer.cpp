@@ -153,6 +153,11 @@ StepReport Trainer::step(bool stop) {
     model_->update_expert_bias();
   }
   report.seconds.optimiser = phase.lap();
+  const auto state_bytes = [&] { return groups_.expert->traffic(Purpose::codec_state).bytes_sent; };
+  const std::uint64_t state_bytes_before = state_bytes();
+  model_->refresh_codecs();
+  report.bytes_sent += static_cast<double>(state_bytes() - state_bytes_before);
+  report.seconds.codec += phase.lap();
 
   report.loss = out.loss.item<double>();
   report.aux_loss = out.aux_loss.item<double>();
