@@ -20,8 +20,30 @@ constexpr std::int64_t kRowsPerCentroid = 8;
 constexpr std::int64_t kRowsPerDirection = 4;
 constexpr int kUpdates = 2;
 
-void round_to_bfloat16(std::vector<float>& values) {
-  for (float& value : values) value = kernels::to_float(kernels::to_bfloat16(value));
+// Relative error of the bases as they travel: residuals are taken from what arrives, so it costs
+// bits only where it is large beside them, and half the bytes of bfloat16 are saved.
+constexpr double kBaseError = 0.005;
+
+std::shared_ptr<Codec> base_codec(const CodecOptions& options, std::int64_t hidden) {
+  return make_codec(CodecOptions(options)
+                        .state("batch")
+                        .transform("channels")
+                        .error_reference("row")
+                        .max_error(kBaseError)
+                        .max_clusters(0),
+                    {hidden, 0, Direction::dispatch, at::kFloat});
+}
+
+/// The bases that the state's parcel holds.
+void unpack_bases(LearnedState& state, const CodecOptions& options) {
+  at::Tensor bytes = at::empty({static_cast<std::int64_t>(state.parcel.size())}, at::kByte);
+  std::copy(state.parcel.begin(), state.parcel.end(), bytes.mutable_data_ptr<std::uint8_t>());
+  at::Tensor rows = at::empty({1 + state.centroids, state.hidden}, at::kFloat);
+  base_codec(options, state.hidden)
+      ->decode_into(rows, at::arange(rows.size(0), at::kLong), bytes, {bytes.numel()},
+                    {rows.size(0)});
+  const float* values = rows.const_data_ptr<float>();
+  state.bases.assign(values, values + rows.numel());
 }
 
 /// The fields that follow from the others.
@@ -54,7 +76,7 @@ void derive(LearnedState& state, const CodecOptions& options, std::span<const fl
 }  // namespace
 
 std::int64_t LearnedState::memory_bytes() const {
-  const auto floats = 2 * bases.size() + mean_z.size() + centroids_z.size();
+  const auto floats = parcel.size() / 4 + 2 * bases.size() + mean_z.size() + centroids_z.size();
   const auto square = basis.defined() ? 2 * hidden * hidden : 0;
   return static_cast<std::int64_t>(4 * (floats + order.size())) + 4 * square;
 }
@@ -88,7 +110,6 @@ LearnedState fit_state(const at::Tensor& rows_in, const CodecOptions& options, b
   const std::int64_t offsets[2] = {0, n};
   state.bases.resize(static_cast<std::size_t>(hidden));
   kernels::segment_mean(state.bases.data(), x, all.data(), offsets, 1, hidden);
-  round_to_bfloat16(state.bases);
 
   std::vector<std::int64_t> assignment(static_cast<std::size_t>(n), -1);
   const std::int64_t most = std::min(options.codebook_size(), n / kRowsPerCentroid);
@@ -101,11 +122,16 @@ LearnedState fit_state(const at::Tensor& rows_in, const CodecOptions& options, b
       z[i] -= mean_z[i % static_cast<std::size_t>(columns)];
     Clusters clusters = bucket_clusters({n, hidden, x, z.data()},
                                         CodecOptions(options).max_clusters(most).refine(kUpdates));
-    round_to_bfloat16(clusters.centroids);
     state.centroids = clusters.count;
     state.bases.insert(state.bases.end(), clusters.centroids.begin(), clusters.centroids.end());
     assignment = std::move(clusters.assignment);
   }
+  const at::Tensor bases =
+      at::from_blob(state.bases.data(), {1 + state.centroids, hidden}, at::kFloat);
+  const Encoded encoded = base_codec(options, hidden)->encode(bases, {bases.size(0)});
+  const auto* parcel = encoded.bytes.const_data_ptr<std::uint8_t>();
+  state.parcel.assign(parcel, parcel + encoded.bytes.numel());
+  unpack_bases(state, options);
 
   // Residuals in units of their row's bound.
   at::Tensor residuals = at::zeros({n, hidden}, at::kFloat);
@@ -135,51 +161,41 @@ LearnedState fit_state(const at::Tensor& rows_in, const CodecOptions& options, b
 namespace {
 
 // Bytes of a state, little-endian: u32 magic, u32 checksum of what follows, u32 version, u32
-// hidden, u32 centroids, u32 1 with a basis; then bfloat16 bases, u32 order (if hidden is above one
-// band), bfloat16 basis.
+// hidden, u32 centroids, u32 bytes of the bases' parcel, u32 1 with a basis; then that parcel, u16
+// or u32 channel order (if there is more than one band), bfloat16 basis.
 constexpr std::uint32_t kMagic = 0x5353484C;  // "LHSS"
-constexpr std::size_t kHead = 24;
+constexpr std::size_t kHeadWords = 7, kHead = 4 * kHeadWords;
 
 std::size_t order_count(std::int64_t hidden) {
   return hidden <= kernels::kBandValues ? 0 : static_cast<std::size_t>(hidden);
 }
-
-void put_bfloat16(std::uint8_t*& out, const float* values, std::size_t count) {
-  for (std::size_t i = 0; i < count; ++i, out += 2) {
-    const kernels::Bfloat16 value = kernels::to_bfloat16(values[i]);
-    std::memcpy(out, &value, 2);
-  }
-}
-
-void take_bfloat16(const std::uint8_t*& in, float* values, std::size_t count) {
-  for (std::size_t i = 0; i < count; ++i, in += 2) {
-    kernels::Bfloat16 value{};
-    std::memcpy(&value, in, 2);
-    values[i] = kernels::to_float(value);
-    LSHMOE_VALIDATE(std::isfinite(values[i]),
-                    "a learned state holds NaN or Inf: its bytes are damaged");
-  }
-}
+std::size_t channel_bytes(std::int64_t hidden) { return hidden <= 65536 ? 2 : 4; }
 
 }  // namespace
 
 std::vector<std::uint8_t> to_bytes(const LearnedState& state) {
   const auto square =
       state.basis.defined() ? static_cast<std::size_t>(state.hidden * state.hidden) : 0;
-  std::vector<std::uint8_t> bytes(kHead + 2 * state.bases.size() + 4 * state.order.size() +
+  const std::size_t channel = channel_bytes(state.hidden);
+  std::vector<std::uint8_t> bytes(kHead + state.parcel.size() + channel * state.order.size() +
                                   2 * square);
-  const std::uint32_t head[6] = {kMagic,
-                                 0,
-                                 state.version,
-                                 static_cast<std::uint32_t>(state.hidden),
-                                 static_cast<std::uint32_t>(state.centroids),
-                                 square > 0 ? 1U : 0U};
+  const std::uint32_t head[kHeadWords] = {kMagic,
+                                          0,
+                                          state.version,
+                                          static_cast<std::uint32_t>(state.hidden),
+                                          static_cast<std::uint32_t>(state.centroids),
+                                          static_cast<std::uint32_t>(state.parcel.size()),
+                                          square > 0 ? 1U : 0U};
   std::memcpy(bytes.data(), head, kHead);
-  std::uint8_t* out = bytes.data() + kHead;
-  put_bfloat16(out, state.bases.data(), state.bases.size());
-  if (!state.order.empty()) std::memcpy(out, state.order.data(), 4 * state.order.size());
-  out += 4 * state.order.size();
-  if (square > 0) put_bfloat16(out, state.basis.const_data_ptr<float>(), square);
+  std::uint8_t* out = std::copy(state.parcel.begin(), state.parcel.end(), bytes.data() + kHead);
+  for (const std::int32_t value : state.order) {
+    std::memcpy(out, &value, channel);
+    out += channel;
+  }
+  if (square > 0) {
+    const at::Tensor basis = state.basis.to(at::kBFloat16).contiguous();
+    std::memcpy(out, basis.const_data_ptr(), 2 * square);
+  }
   const std::uint32_t sum = kernels::checksum(bytes.data() + 8, bytes.size() - 8);
   std::memcpy(bytes.data() + 4, &sum, 4);
   return bytes;
@@ -188,39 +204,43 @@ std::vector<std::uint8_t> to_bytes(const LearnedState& state) {
 LearnedState state_from_bytes(std::span<const std::uint8_t> bytes, std::int64_t hidden,
                               const CodecOptions& options, std::span<const float> projection) {
   constexpr const char* kDamaged = " (the ranks run different settings, or the bytes are damaged)";
-  std::uint32_t head[6] = {};
+  std::uint32_t head[kHeadWords] = {};
   LSHMOE_VALIDATE(bytes.size() >= kHead, "a learned state of ", bytes.size(), " bytes", kDamaged);
   std::memcpy(head, bytes.data(), kHead);
   LearnedState state;
   state.version = head[2];
   state.hidden = head[3];
   state.centroids = head[4];
-  const bool has_basis = head[5] == 1;
+  const bool has_basis = head[6] == 1;
   LSHMOE_VALIDATE(head[0] == kMagic &&
                       head[1] == kernels::checksum(bytes.data() + 8, bytes.size() - 8) &&
-                      state.version >= 1 && state.hidden == hidden && head[5] <= 1 &&
+                      state.version >= 1 && state.hidden == hidden && head[6] <= 1 &&
                       state.centroids <= options.codebook_size() &&
                       (!has_basis || options.transform() == "basis"),
                   "a learned state that is not one of this codec", kDamaged);
-  const auto base_count = static_cast<std::size_t>((1 + state.centroids) * hidden);
   const auto square = has_basis ? static_cast<std::size_t>(hidden * hidden) : 0;
-  LSHMOE_VALIDATE(bytes.size() == kHead + 2 * base_count + 4 * order_count(hidden) + 2 * square,
+  const std::size_t channel = channel_bytes(hidden);
+  LSHMOE_VALIDATE(bytes.size() == kHead + head[5] + channel * order_count(hidden) + 2 * square,
                   "a learned state has ", bytes.size(), " bytes", kDamaged);
   const std::uint8_t* in = bytes.data() + kHead;
-  state.bases.resize(base_count);
-  take_bfloat16(in, state.bases.data(), base_count);
-  state.order.resize(order_count(hidden));
-  if (!state.order.empty()) std::memcpy(state.order.data(), in, 4 * state.order.size());
-  in += 4 * state.order.size();
+  state.parcel.assign(in, in + head[5]);
+  in += head[5];
+  unpack_bases(state, options);
+  state.order.resize(order_count(hidden), 0);
   std::vector<bool> met(state.order.size(), false);
-  for (const std::int32_t channel : state.order) {
-    LSHMOE_VALIDATE(channel >= 0 && channel < hidden && !met[static_cast<std::size_t>(channel)],
+  for (std::int32_t& value : state.order) {
+    std::memcpy(&value, in, channel);
+    in += channel;
+    LSHMOE_VALIDATE(value >= 0 && value < hidden && !met[static_cast<std::size_t>(value)],
                     "a learned state's channel order is none", kDamaged);
-    met[static_cast<std::size_t>(channel)] = true;
+    met[static_cast<std::size_t>(value)] = true;
   }
   if (has_basis) {
-    state.basis = at::empty({hidden, hidden}, at::kFloat);
-    take_bfloat16(in, state.basis.mutable_data_ptr<float>(), square);
+    at::Tensor basis = at::empty({hidden, hidden}, at::kBFloat16);
+    std::memcpy(basis.mutable_data_ptr(), in, 2 * square);
+    state.basis = basis.to(at::kFloat);
+    LSHMOE_VALIDATE(at::isfinite(state.basis).all().item<bool>(),
+                    "a learned basis holds NaN or Inf", kDamaged);
   }
   derive(state, options, projection);
   return state;

@@ -11,16 +11,17 @@
 
 namespace lshmoe {
 
-/// Equal on all ranks of an expert group, and fixed once made. Values of mean, codebook and basis
-/// are those of bfloat16, held as float.
+/// Equal on all ranks of an expert group, and fixed once made.
 struct LearnedState {
   std::uint32_t version = 0;  ///< from 1 on; 0: none
   std::int64_t hidden = 0;
   std::int64_t centroids = 0;
   /// [1 + centroids, hidden]: what a row is taken from: the mean for rows without a centroid.
   std::vector<float> bases;
+  std::vector<std::uint8_t> parcel;  ///< the bases as they travel
   std::vector<std::int32_t> order;  ///< [hidden] channels by falling energy; empty: as they are
-  /// [hidden, hidden], row j the j-th direction; undefined: none. r = coefficients basis, and
+  /// [hidden, hidden], values of bfloat16, row j the j-th direction; undefined: none. r =
+  /// coefficients basis, and
   /// coefficients = r inverse: the basis is not exactly orthonormal.
   at::Tensor basis, inverse;
   double stretch = 1.0;  ///< |coefficients basis| <= stretch |coefficients|
