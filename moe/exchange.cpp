@@ -90,7 +90,8 @@ void check_call(const CallHeader& mine, const CallHeader& theirs, const std::str
   check("format", +mine.version, +theirs.version);
   check("direction", direction(mine.direction), direction(theirs.direction));
   check("layer", mine.layer, theirs.layer);
-  check("row dtype", +mine.dtype, +theirs.dtype);
+  const auto dtype = [](std::uint8_t d) { return at::toString(static_cast<at::ScalarType>(d)); };
+  check("row dtype", std::string(dtype(mine.dtype)), std::string(dtype(theirs.dtype)));
   check("hidden_size", mine.hidden_size, theirs.hidden_size);
   check("num_experts", mine.num_experts, theirs.num_experts);
   check("top_k", mine.top_k, theirs.top_k);

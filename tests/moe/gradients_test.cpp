@@ -197,15 +197,15 @@ TEST(GradientReducer, ClipsByTheNormOfTheWholeModel) {
   }
 }
 
-void expect_refused(const ExpertGroups& groups, torch::nn::Module& model, const std::string& what) {
+void expect_refused(const ExpertGroups& groups, torch::nn::Module& model, const std::string& what,
+                    int odd = 1, int first = 0) {
   try {
     const GradientReducer reducer(groups, model);
     ADD_FAILURE() << "ranks with different models went on";
   } catch (const InvalidArgument& error) {
     const std::string text = error.what();
-    EXPECT_NE(text.find("the " + what +
-                        " parameters of rank 1 differ in number, size or dtype "
-                        "from rank 0's"),
+    EXPECT_NE(text.find("the " + what + " parameters of rank " + std::to_string(odd) +
+                        " differ in number, size or dtype from rank " + std::to_string(first)),
               std::string::npos)
         << text;
     EXPECT_NE(text.find("build the same model on every rank"), std::string::npos) << text;
@@ -226,6 +226,11 @@ TEST(GradientReducer, RefusesDifferentModels) {
   expect_refused(groups, *of_double, "shared");
   MoELayer larger(MoELayerOptions(4, odd ? 9 : 8, 4), replicas);
   expect_refused(replicas, *larger, "expert");
+  if (world()->size() < 4) return;
+  // Ranks 1 and 3 are replicas; ranks 0 and 2 must not go on without them.
+  const ExpertGroups pairs = make_expert_groups(world(), 2);
+  MoELayer other(MoELayerOptions(4, world()->rank() == 3 ? 9 : 8, 4), pairs);
+  expect_refused(pairs, *other, "expert", 3, 1);
 }
 
 }  // namespace
