@@ -51,6 +51,7 @@ struct CodecCase {
   const char* name;
   CodecOptions codec;
 };
+void PrintTo(const CodecCase& codec_case, std::ostream* out) { *out << codec_case.name; }
 class CodecTest : public ::testing::TestWithParam<CodecCase> {};
 
 std::vector<CodecCase> all_codecs() {
