@@ -4,6 +4,7 @@
 #
 #   LSHMOE_VENV   where the Python environment is or shall be (default: .venv in the checkout)
 set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 TORCH_VERSION=2.11.0
