@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "lshmoe/moe/layer.hpp"
+#include "lshmoe/runtime/error.hpp"
 #include "tests/support/layer_runs.hpp"
 #include "tests/support/main.hpp"
 
@@ -245,6 +246,31 @@ TEST(LayerCodec, EveryDirectionHasItsOwnSettings) {
       EXPECT_EQ((*some.stats.exchange)[d].max_relative_error > 0, coded) << name_of(d);
     }
   }
+}
+
+TEST(LayerCodec, ErrorsOfTheBackwardReachTheCaller) {
+  // On all ranks alike, and before any of them enters an exchange that the others do not.
+  const ExpertGroups groups = make_expert_groups(world());
+  MoELayer layer = make_layer(small().codec(lsh(0.1)).codec_on_self(true), groups);
+  const at::Tensor x =
+      random_rows(5, kHidden, 1, world()->rank()).to(at::kFloat).set_requires_grad(true);
+  at::Tensor gradient = at::ones({5, kHidden});
+  gradient[3][2] = NAN;
+  const auto expect_says = [](const std::string& text, const auto& call) {
+    try {
+      call();
+      ADD_FAILURE() << "went on, instead of saying: " << text;
+    } catch (const InvalidArgument& error) {
+      EXPECT_NE(std::string(error.what()).find(text), std::string::npos) << error.what();
+    }
+  };
+  const at::Tensor y = layer->forward(x).output;
+  expect_says("NaN", [&] { (void)torch::autograd::grad({y}, {x}, {gradient}, true); });
+  expect_says("second derivatives", [&] {
+    (void)torch::autograd::grad({y}, {x}, {at::ones_like(y)}, true, /*create_graph=*/true);
+  });
+  // The layer still works.
+  EXPECT_TRUE(torch::autograd::grad({y}, {x}, {at::ones_like(y)})[0].isfinite().all().item<bool>());
 }
 
 // --- rows at the receiver, and gradients, through the dispatcher ---
