@@ -132,6 +132,16 @@ TEST(Bands, MixedSizes) {
 }
 
 TEST(Bands, AlphabetsAreTheLeastPerBand) {
+  for (std::int32_t max_abs = 0; max_abs <= 300; ++max_abs) {
+    std::uint8_t index = 99;
+    const std::int32_t q[16] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -max_abs};
+    const std::int64_t bits = choose_alphabets(&index, q, 16);
+    int least = 0;
+    while (half_of(least) < max_abs) ++least;
+    EXPECT_EQ(index, least) << max_abs;
+    EXPECT_EQ(bits, band_bits_of(least, 16)) << max_abs;
+  }
+  // Several bands, the last one short.
   std::mt19937 random(3);
   std::vector<std::int32_t> q(100);
   for (std::size_t i = 0; i < q.size(); ++i) {
