@@ -7,13 +7,14 @@
 #include <cmath>
 
 #include "lshmoe/moe/layer.hpp"
-#include "lshmoe/runtime/error.hpp"
+#include "tests/support/errors.hpp"
 #include "tests/support/layer_runs.hpp"
 #include "tests/support/main.hpp"
 
 namespace lshmoe {
 namespace {
 using testing::dense_gate;
+using testing::expect_error;
 using testing::expect_runs_equal;
 using testing::input_of_rank;
 using testing::LayerRun;
@@ -256,17 +257,9 @@ TEST(LayerCodec, ErrorsOfTheBackwardReachTheCaller) {
       random_rows(5, kHidden, 1, world()->rank()).to(at::kFloat).set_requires_grad(true);
   at::Tensor gradient = at::ones({5, kHidden});
   gradient[3][2] = NAN;
-  const auto expect_says = [](const std::string& text, const auto& call) {
-    try {
-      call();
-      ADD_FAILURE() << "went on, instead of saying: " << text;
-    } catch (const InvalidArgument& error) {
-      EXPECT_NE(std::string(error.what()).find(text), std::string::npos) << error.what();
-    }
-  };
   const at::Tensor y = layer->forward(x).output;
-  expect_says("NaN", [&] { (void)torch::autograd::grad({y}, {x}, {gradient}, true); });
-  expect_says("second derivatives", [&] {
+  expect_error("NaN", [&] { (void)torch::autograd::grad({y}, {x}, {gradient}, true); });
+  expect_error("second derivatives", [&] {
     (void)torch::autograd::grad({y}, {x}, {at::ones_like(y)}, true, /*create_graph=*/true);
   });
   // The layer still works.
