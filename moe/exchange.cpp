@@ -7,6 +7,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "lshmoe/comm/keep_buffer.hpp"
 #include "lshmoe/kernels/rows.hpp"
 #include "lshmoe/runtime/error.hpp"
 
@@ -220,7 +221,9 @@ RowsIn Exchange::swap(const RowsOut& out) {
     RECORD_FUNCTION("lshmoe::all_to_all", std::vector<c10::IValue>{});
     const Stopwatch watch(s.exchange_seconds);
     peers.resize(headers.size());
-    comm.all_to_all(headers.data(), peers.data(), header_bytes, Purpose::plan);
+    keep_buffer_on_error(headers, [&] {
+      comm.all_to_all(headers.data(), peers.data(), header_bytes, Purpose::plan);
+    });
   } else {
     peers = headers;
   }
@@ -292,7 +295,9 @@ RowsIn Exchange::swap(const RowsOut& out) {
     RECORD_FUNCTION("lshmoe::all_to_all", std::vector<c10::IValue>{});
     const Stopwatch watch(s.exchange_seconds);
     std::byte* receive = reserve(c.receive_, received);
-    comm.all_to_all_v(send, send_bytes, receive, receive_bytes, purpose_of(out.direction));
+    keep_buffer_on_error(send_buffer, [&] {
+      comm.all_to_all_v(send, send_bytes, receive, receive_bytes, purpose_of(out.direction));
+    });
     in.bytes = c.receive_;
   } else {
     in.bytes = send_buffer;

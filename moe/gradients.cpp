@@ -6,6 +6,7 @@
 #include <span>
 #include <unordered_set>
 
+#include "lshmoe/comm/keep_buffer.hpp"
 #include "lshmoe/moe/layer.hpp"
 #include "lshmoe/runtime/error.hpp"
 
@@ -52,8 +53,10 @@ void reduce_flat(Communicator& comm, const std::vector<at::Tensor>& parameters, 
     flat.narrow(0, at_element, parameter.numel()).copy_(parameter.grad().reshape({-1}));
     at_element += parameter.numel();
   }
-  comm.all_reduce(std::span(flat.data_ptr<Element>(), static_cast<std::size_t>(count)),
-                  ReduceOp::sum, Purpose::gradients);
+  keep_buffer_on_error(flat, [&] {
+    comm.all_reduce(std::span(flat.data_ptr<Element>(), static_cast<std::size_t>(count)),
+                    ReduceOp::sum, Purpose::gradients);
+  });
   flat.div_(divisor);
   at_element = 0;
   for (const at::Tensor& parameter : parameters) {
