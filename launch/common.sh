@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts here: places, messages, the environment of mpirun, the build.
 
 LSHMOE_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -22,12 +23,12 @@ mpi_environment() {
   fi
 }
 
-# build [TARGET ...]: configures when that was not done yet, and builds.
+# build TARGET...: configures when that was not done yet, and builds.
 build() {
   if [[ ! -f "$LSHMOE_BUILD/build.ninja" ]]; then
     say "configuring (preset $LSHMOE_PRESET)"
     (cd "$LSHMOE_ROOT" && cmake --preset "$LSHMOE_PRESET")
   fi
   say "building"
-  cmake --build "$LSHMOE_BUILD" ${1:+--target "$@"}
+  cmake --build "$LSHMOE_BUILD" --target "$@"
 }

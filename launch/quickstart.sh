@@ -4,28 +4,45 @@
 #
 #   launch/quickstart.sh [lshmoe-train options]    e.g. --compress none, --steps 300
 #
-# Ctrl-C ends the training cleanly after the current step, with the summary.
+# Ctrl-C ends the training cleanly after the current step, with the summary; a second one at once.
 #   LSHMOE_RANKS   number of ranks (default 4)
 set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 "$LSHMOE_ROOT/launch/setup.sh"
 build lshmoe-train >&2
 mpi_environment
-out=$LSHMOE_ROOT/build/quickstart
-mkdir -p "$out"
+metrics=$LSHMOE_ROOT/build/quickstart/metrics.jsonl
+if [[ " $* " == *" --metrics"* ]]; then
+  metrics=
+else
+  mkdir -p "${metrics%/*}"
+  set -- --metrics "$metrics" "$@"
+fi
 
 # mpirun turns a Ctrl-C into SIGTERM and, a second later, SIGKILL for every rank. In a session of its own
 # it does not see the terminal's; it gets SIGUSR1 instead and forwards that: "stop after this step".
 setsid mpirun -n "${LSHMOE_RANKS:-4}" "$LSHMOE_BUILD/launch/lshmoe-train" \
-  --config "$LSHMOE_ROOT/launch/quickstart.ini" --metrics "$out/metrics.jsonl" "$@" </dev/null &
+  --config "$LSHMOE_ROOT/launch/quickstart.ini" "$@" </dev/null &
 mpirun_pid=$!
-trap 'say "stopping after this step"; kill -USR1 "$mpirun_pid" 2>/dev/null || true' INT TERM
-status=0
-wait "$mpirun_pid" || status=$?
-while kill -0 "$mpirun_pid" 2>/dev/null; do  # wait returns early when a trap ran
-  status=0
+signals=0
+# shellcheck disable=SC2317  # the trap calls it
+stop() {
+  ((++signals))
+  if ((signals == 1)); then
+    say "stopping after this step (again: at once)"
+    kill -USR1 "$mpirun_pid" 2>/dev/null || true
+  else
+    kill -TERM "$mpirun_pid" 2>/dev/null || true
+  fi
+}
+trap stop INT TERM HUP
+# A trap makes wait return early; the next one gives mpirun's own status, even if it has ended by then.
+seen=-1
+while ((seen != signals)); do
+  seen=$signals status=0
   wait "$mpirun_pid" || status=$?
 done
-((status == 0)) && say "metrics: $out/metrics.jsonl"
+[[ $status -ne 0 || -z $metrics ]] || say "metrics: $metrics"
 exit "$status"

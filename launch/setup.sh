@@ -4,6 +4,7 @@
 #
 #   LSHMOE_VENV   where the Python environment is or shall be (default: .venv in the checkout)
 set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 TORCH_VERSION=2.11.0
@@ -32,9 +33,11 @@ install_packages() {
     sudo=(sudo)
   fi
   say "installing ${missing[*]}"
-  "${sudo[@]}" apt-get update -qq
-  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive \
-    apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+  if ! "${sudo[@]}" apt-get update -qq ||
+    ! "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive \
+      apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null; then
+    die "apt-get failed (its reason is above; without a network?): install ${missing[*]} and start again"
+  fi
 }
 
 torch_installed() {
@@ -49,8 +52,10 @@ install_torch() {
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     die "torch $TORCH_VERSION needs Python 3.10 or newer, $python is $("$python" -V): install a newer one and set LSHMOE_VENV to an environment with torch==$TORCH_VERSION"
   say "installing torch $TORCH_VERSION into $LSHMOE_VENV (4.7 GB on disk, a minute or more)"
-  [[ -x "$LSHMOE_VENV/bin/python" ]] || "$python" -m venv "$LSHMOE_VENV"
-  "$LSHMOE_VENV/bin/python" -m pip install --quiet --disable-pip-version-check "torch==$TORCH_VERSION"
+  "$LSHMOE_VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv "$LSHMOE_VENV" ||
+    die "making a Python environment in $LSHMOE_VENV failed (its reason is above): set LSHMOE_VENV to a folder you can write"
+  "$LSHMOE_VENV/bin/python" -m pip install --quiet --disable-pip-version-check "torch==$TORCH_VERSION" ||
+    die "pip failed (its reason is above; without a network?): set LSHMOE_VENV to an environment with torch==$TORCH_VERSION, or start again"
   torch_installed || die "pip finished, but torch $TORCH_VERSION is not in $LSHMOE_VENV"
 }
 

@@ -3,8 +3,9 @@
 #
 #   launch/test.sh [ctest options]    e.g. -R moe/, -LE slow
 set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 "$LSHMOE_ROOT/launch/setup.sh"
-build
+build all
 ctest --test-dir "$LSHMOE_BUILD" --output-on-failure --no-tests=error -j "$(nproc)" "$@"

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "lshmoe/comm/keep_buffer.hpp"
 #include "lshmoe/kernels/rows.hpp"
 #include "lshmoe/runtime/error.hpp"
 
@@ -90,7 +91,8 @@ void check_call(const CallHeader& mine, const CallHeader& theirs, const std::str
   check("format", +mine.version, +theirs.version);
   check("direction", direction(mine.direction), direction(theirs.direction));
   check("layer", mine.layer, theirs.layer);
-  check("row dtype", +mine.dtype, +theirs.dtype);
+  const auto dtype = [](std::uint8_t d) { return at::toString(static_cast<at::ScalarType>(d)); };
+  check("row dtype", std::string(dtype(mine.dtype)), std::string(dtype(theirs.dtype)));
   check("hidden_size", mine.hidden_size, theirs.hidden_size);
   check("num_experts", mine.num_experts, theirs.num_experts);
   check("top_k", mine.top_k, theirs.top_k);
@@ -244,7 +246,9 @@ RowsIn Exchange::swap(const RowsOut& out) {
     RECORD_FUNCTION("lshmoe::all_to_all", std::vector<c10::IValue>{});
     const Stopwatch watch(s.exchange_seconds);
     peers.resize(headers.size());
-    comm.all_to_all(headers.data(), peers.data(), header_bytes, Purpose::plan);
+    keep_buffer_on_error(headers, [&] {
+      comm.all_to_all(headers.data(), peers.data(), header_bytes, Purpose::plan);
+    });
   } else {
     peers = headers;
   }
@@ -316,7 +320,9 @@ RowsIn Exchange::swap(const RowsOut& out) {
     RECORD_FUNCTION("lshmoe::all_to_all", std::vector<c10::IValue>{});
     const Stopwatch watch(s.exchange_seconds);
     std::byte* receive = reserve(c.receive_, received);
-    comm.all_to_all_v(send, send_bytes, receive, receive_bytes, purpose_of(out.direction));
+    keep_buffer_on_error(send_buffer, [&] {
+      comm.all_to_all_v(send, send_bytes, receive, receive_bytes, purpose_of(out.direction));
+    });
     in.bytes = c.receive_;
   } else {
     in.bytes = send_buffer;

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <optional>
 
+#include "lshmoe/moe/first_order.hpp"
 #include "lshmoe/moe/random.hpp"
 #include "lshmoe/runtime/error.hpp"
 
@@ -115,6 +116,7 @@ class GroupedFfn : public torch::autograd::Function<GroupedFfn> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    check_first_order();
     const auto saved = ctx->get_saved_variables();
     const at::Tensor &x = saved[0], &w1 = saved[1], &w2 = saved[2], &w3 = saved[3], &pre = saved[4],
                      &gate = saved[5], &hidden = saved[6];

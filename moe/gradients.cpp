@@ -6,6 +6,7 @@
 #include <span>
 #include <unordered_set>
 
+#include "lshmoe/comm/keep_buffer.hpp"
 #include "lshmoe/moe/layer.hpp"
 #include "lshmoe/runtime/error.hpp"
 
@@ -25,12 +26,14 @@ int64_t fingerprint(const std::vector<at::Tensor>& parameters) {
   return static_cast<int64_t>(hash);
 }
 
-void check_equal(Communicator& comm, const std::vector<at::Tensor>& parameters, const char* what) {
-  const auto all = all_gather(comm, fingerprint(parameters), Purpose::control);
+/// All ranks see all fingerprints and throw together, or some would wait for the others.
+void check_equal(Communicator& world, const std::vector<at::Tensor>& parameters, int ep_size,
+                 const char* what) {
+  const auto all = all_gather(world, fingerprint(parameters), Purpose::control);
   for (std::size_t r = 0; r < all.size(); ++r) {
-    LSHMOE_VALIDATE(all[r] == all[0], "the ", what, " parameters of rank ",
-                    comm.world_rank(static_cast<int>(r)),
-                    " differ in number, size or dtype from rank ", comm.world_rank(0),
+    const std::size_t first = r % static_cast<std::size_t>(ep_size);
+    LSHMOE_VALIDATE(all[r] == all[first], "the ", what, " parameters of rank ", r,
+                    " differ in number, size or dtype from rank ", first,
                     "'s (their gradients could not be added): build the same "
                     "model on every rank");
   }
@@ -50,8 +53,10 @@ void reduce_flat(Communicator& comm, const std::vector<at::Tensor>& parameters, 
     flat.narrow(0, at_element, parameter.numel()).copy_(parameter.grad().reshape({-1}));
     at_element += parameter.numel();
   }
-  comm.all_reduce(std::span(flat.data_ptr<Element>(), static_cast<std::size_t>(count)),
-                  ReduceOp::sum, Purpose::gradients);
+  keep_buffer_on_error(flat, [&] {
+    comm.all_reduce(std::span(flat.data_ptr<Element>(), static_cast<std::size_t>(count)),
+                    ReduceOp::sum, Purpose::gradients);
+  });
   flat.div_(divisor);
   at_element = 0;
   for (const at::Tensor& parameter : parameters) {
@@ -111,8 +116,8 @@ GradientReducer::GradientReducer(ExpertGroups groups, torch::nn::Module& model,
   };
   for (const at::Tensor& parameter : model.parameters()) add(parameter);
   for (const at::Tensor& parameter : more_expert_parameters) add(parameter);
-  check_equal(*groups_.world, shared_, "shared");
-  check_equal(*groups_.replica, expert_, "expert");
+  check_equal(*groups_.world, shared_, 1, "shared");
+  check_equal(*groups_.world, expert_, groups_.expert->size(), "expert");
 }
 
 void GradientReducer::reduce() {

@@ -79,10 +79,10 @@ Dispatched dispatch_centroids(const at::Tensor& x_in, const at::Tensor& topk_ids
   LSHMOE_VALIDATE(
       topk_ids.dim() == 2 && topk_ids.size(0) == x_in.size(0) && topk_ids.size(1) >= 1 &&
           topk_ids.scalar_type() == at::kLong && topk_weights.sizes() == topk_ids.sizes() &&
-          topk_weights.scalar_type() == accumulate,
+          topk_weights.scalar_type() == accumulate && topk_ids.is_cpu() && topk_weights.is_cpu(),
       "topk_ids is ", topk_ids.scalar_type(), " ", topk_ids.sizes(), ", topk_weights is ",
       topk_weights.scalar_type(), " ", topk_weights.sizes(), " (must be int64 and ", accumulate,
-      " [tokens, k] for ", x_in.size(0), " tokens)");
+      " [tokens, k] on the CPU for ", x_in.size(0), " tokens)");
   const at::Tensor x = x_in.contiguous();
   const Choices choices = choices_of(topk_ids.contiguous(), options.num_experts());
   const at::Tensor token = at::tensor(choices.token, at::kLong),

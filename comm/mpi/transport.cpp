@@ -39,7 +39,8 @@ class Backoff {
       return false;
     }
     std::this_thread::sleep_for(sleep_);
-    sleep_ = std::min(sleep_ + sleep_ / 4, data_moves ? kFirstSleep : kLongestSleep);
+    // A sixty-fourth of what was slept so far: what it oversleeps is little beside the wait.
+    sleep_ = data_moves ? kFirstSleep : std::min(sleep_ + sleep_ / 64, kLongestSleep);
     return true;
   }
 

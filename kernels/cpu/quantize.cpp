@@ -53,10 +53,10 @@ bool quantize(std::int32_t* q, const float* r, std::int64_t count, float step) {
   const float inverse = 1.0F / step;
   std::int32_t beyond = 0;
   for (std::int64_t i = 0; i < count; ++i) {
-    // Clamped so that the cast is defined; the clamped ones are reported.
-    float scaled = std::nearbyintf(r[i] * inverse);
-    scaled = std::min(std::max(scaled, -40000.0F), 40000.0F);
-    q[i] = static_cast<std::int32_t>(scaled);
+    // Clamped so that the cast is defined (in this order NaN becomes a limit); the clamped ones are
+    // reported.
+    const float scaled = std::nearbyintf(r[i] * inverse);
+    q[i] = static_cast<std::int32_t>(std::max(-40000.0F, std::min(40000.0F, scaled)));
     beyond |= static_cast<std::int32_t>(q[i] > kMaxQuantised) |
               static_cast<std::int32_t>(q[i] < -kMaxQuantised);
   }
@@ -95,7 +95,8 @@ float search_step(const float* r, std::int64_t count, double bound) {
   double step = bound * std::sqrt(12.0 / static_cast<double>(count));
   double best = 0;
   double below = 0, above = 0;  // tightest steps known to keep and to break the bound
-  for (int attempt = 0; attempt < 6; ++attempt) {
+  // Most rows take two or three; those of few large values more.
+  for (int attempt = 0; attempt < 10; ++attempt) {
     const float tried = step_value(step_code(usable(step)));
     const double error = std::sqrt(static_cast<double>(rounding_error(r, count, tried))) *
                          static_cast<double>(tried);

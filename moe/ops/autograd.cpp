@@ -1,6 +1,7 @@
 // Backward of dispatch, combine and swap_rows. Undefined gradients count as zeros: every rank
 // enters every exchange.
 
+#include "lshmoe/moe/first_order.hpp"
 #include "lshmoe/moe/ops/cpu.hpp"
 #include "lshmoe/moe/ops/ops.hpp"
 #include "lshmoe/moe/ops/registration.hpp"
@@ -46,6 +47,7 @@ class DispatchFunction : public torch::autograd::Function<DispatchFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    check_first_order();
     const int64_t rows = ctx->saved_data["rows"].toInt();
     const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
     auto [grad_x, grad_weights] = dispatch_backward(
@@ -80,6 +82,7 @@ class CombineFunction : public torch::autograd::Function<CombineFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    check_first_order();
     const auto saved = ctx->get_saved_variables();
     auto [grad_output, grad_weights] =
         combine_backward(or_zeros(grads[0], {ctx->saved_data["tokens"].toInt(), saved[0].size(1)},
@@ -121,6 +124,7 @@ class SwapRowsFunction : public torch::autograd::Function<SwapRowsFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    check_first_order();
     const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
     const auto back = ctx->saved_data["back"].toTensorVector();
     const at::Tensor grad = or_zeros(

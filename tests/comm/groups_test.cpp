@@ -4,12 +4,13 @@
 
 #include <algorithm>
 
-#include "lshmoe/runtime/error.hpp"
+#include "tests/support/errors.hpp"
 #include "tests/support/main.hpp"
 
 namespace lshmoe {
 namespace {
 
+using testing::expect_error;
 using testing::world;
 
 std::vector<int> members(const Communicator& comm) {
@@ -87,12 +88,9 @@ TEST(ExpertGroups, DefaultIsTheWholeWorld) {
 
 TEST(ExpertGroups, RefusesWhatDoesNotDivide) {
   for (const int ep : {-1, world()->size() + 1}) {
-    try {
-      (void)make_expert_groups(world(), ep);
-      ADD_FAILURE() << "ep_size " << ep << " was taken";
-    } catch (const InvalidArgument& error) {
-      EXPECT_NE(std::string(error.what()).find("ep_size " + std::to_string(ep)), std::string::npos);
-    }
+    expect_error("ep_size " + std::to_string(ep) + " does not divide the " +
+                     std::to_string(world()->size()) + " ranks of the job",
+                 [&] { (void)make_expert_groups(world(), ep); });
   }
 }
 

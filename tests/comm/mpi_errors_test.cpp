@@ -6,9 +6,11 @@
 #include <algorithm>
 #include <chrono>
 #include <functional>
+#include <memory>
 #include <string>
 #include <thread>
 
+#include "lshmoe/comm/keep_buffer.hpp"
 #include "lshmoe/comm/mpi/adopt.hpp"
 #include "lshmoe/runtime/error.hpp"
 #include "tests/support/main.hpp"
@@ -199,6 +201,23 @@ TEST(Deadline, LateIsNotLost) {
   if (comm->rank() == 0) std::this_thread::sleep_for(std::chrono::milliseconds(300));
   comm->barrier();
   EXPECT_EQ(comm->traffic(Purpose::control).calls, 1u);
+}
+
+TEST(KeepBuffer, OutlivesAFailedSendAlone) {
+  const auto alive_after = [](const std::function<void()>& call) {
+    auto memory = std::make_shared<int>(7);
+    const std::weak_ptr<int> watch = memory;
+    try {
+      keep_buffer_on_error(memory, call);
+    } catch (const Error&) {
+    }
+    memory.reset();
+    return !watch.expired();
+  };
+  EXPECT_FALSE(alive_after([] {}));
+  EXPECT_FALSE(alive_after([] { throw InvalidArgument("nothing was sent"); }));
+  EXPECT_TRUE(alive_after([] { throw CommError("sent, not taken"); }));
+  EXPECT_TRUE(alive_after([] { throw Timeout("sent, not taken"); }));
 }
 
 TEST(Adopt, IsApartFromTheCallersMessages) {

@@ -61,7 +61,7 @@ case $name in
     ;;
   killed) # mpirun sees it and ends the others
     launch "$mpiexec" -n 4 "$victim" killed
-    ends_badly && says "signal 9"
+    ends_badly && says "rank 2 .*signal 9"
     ;;
   killed_unseen)
     # mpirun told to let the others live (it returns 0 then): they must find out, and end, themselves.

@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <numeric>
 
@@ -367,6 +368,133 @@ TEST(Codec, DirectionChoosesTheReference) {
     EXPECT_EQ(bytes(direction, ""), bytes(direction, "row")) << name_of(direction);
   }
   EXPECT_EQ(bytes(Direction::combine, ""), bytes(Direction::combine, "group"));
+}
+
+// Error texts ------------------------------------------------------------------------------------
+
+// The text must hold `part`, and be one line.
+void expect_error(const std::function<void()>& call, const std::string& part) {
+  const std::string text = error_of(call);
+  EXPECT_NE(text.find(part), std::string::npos) << text;
+  EXPECT_EQ(text.find('\n'), std::string::npos) << text;
+}
+
+TEST(CodecErrors, Options) {
+  const double nan = std::nan(""), inf = std::numeric_limits<double>::infinity();
+  const std::vector<std::pair<CodecOptions, std::string>> cases{
+      {CodecOptions().kind("zip"), "unknown codec kind 'zip': use none, bf16 or lsh"},
+      {CodecOptions().kind(""), "unknown codec kind ''"},
+      {CodecOptions().restore("here"), "unknown restore 'here': use expert or source"},
+      {CodecOptions().max_error(-0.1), "max_error -0.1 (it bounds a row's relative error) must be"},
+      {CodecOptions().max_error(nan), "must be a finite number >= 0"},
+      {CodecOptions().max_error(inf), "must be a finite number >= 0"},
+      {CodecOptions().error_reference("mean"), "unknown error_reference 'mean': use row or group"},
+      {CodecOptions().hashes(0), "hashes 0 must be 1 to 16"},
+      {CodecOptions().hashes(17), "hashes 17 must be 1 to 16"},
+      {CodecOptions().hash_dim(0), "hash_dim 0 must be 1 to 1024"},
+      {CodecOptions().hash_dim(1025), "hash_dim 1025 must be 1 to 1024"},
+      {CodecOptions().hashes(16).hash_dim(9).projection(144), "do not fit one 64-bit bucket key"},
+      {CodecOptions().projection(23), "projection 23 must be hashes * hash_dim = 24 at least"},
+      {CodecOptions().projection(65537), "projection 65537 must be"},
+      {CodecOptions().refine(-1), "refine -1 must be 0 to 100"},
+      {CodecOptions().max_clusters(-1), "max_clusters -1 must be 0 (no clusters) to 65535"},
+      {CodecOptions().max_clusters(65536), "max_clusters 65536 must be"},
+      {CodecOptions().alpha(nan), "alpha nan must be finite"},
+  };
+  for (const auto& [options, text] : cases) {
+    expect_error([&o = options] { validate(o); }, text);
+    expect_error([&o = options] { static_cast<void>(make_codec(o, {8})); }, text);
+  }
+  for (const char* later : {"fp8", "int8", "int4"}) {
+    try {
+      validate(CodecOptions().kind(later));
+      ADD_FAILURE() << later << " was accepted";
+    } catch (const NotConfigured& error) {
+      EXPECT_EQ(std::string(error.what()),
+                "codec kind '" + std::string(later) +
+                    "' is to come and not in this version: use none, bf16 or lsh");
+    }
+  }
+  // The limits themselves are fine.
+  EXPECT_NO_THROW(validate(CodecOptions().hashes(16).hash_dim(8).projection(128)));
+  EXPECT_NO_THROW(validate(CodecOptions().max_error(0).max_clusters(65535).refine(100)));
+}
+
+TEST(CodecErrors, Context) {
+  const auto make = [](const char* kind, int64_t hidden, at::ScalarType dtype) {
+    return [=] {
+      static_cast<void>(
+          make_codec(CodecOptions().kind(kind), {hidden, 0, Direction::dispatch, dtype}));
+    };
+  };
+  for (const char* kind : {"none", "bf16", "lsh"}) {
+    expect_error(make(kind, 0, at::kFloat), "hidden_size 0 must be 1 to 2^24");
+    expect_error(make(kind, -3, at::kFloat), "hidden_size -3 must be");
+    expect_error(make(kind, (1 << 24) + 1, at::kFloat), "hidden_size 16777217 must be");
+    expect_error(make(kind, 8, at::kHalf), "does not take rows of dtype Half: use float32 or");
+    expect_error(make(kind, 8, at::kLong), "does not take rows of dtype Long");
+  }
+  expect_error(make("lsh", 8, at::kDouble), "codec kind lsh does not take rows of dtype Double");
+  expect_error(make("bf16", 8, at::kDouble), "codec kind bf16 does not take rows of dtype Double");
+}
+
+TEST(CodecErrors, Encode) {
+  const auto codec = make_codec(CodecOptions(), {8});
+  const at::Tensor x = gaussian(5, 8, 1);
+  const auto encode = [&](const at::Tensor& rows, const at::Tensor& index,
+                          const std::vector<int64_t>& groups) {
+    return [=, &codec] { static_cast<void>(codec->encode(rows, index, groups)); };
+  };
+  const at::Tensor all;
+  expect_error(encode(at::Tensor(), all, {0}), "the rows must be a tensor on the CPU");
+  expect_error(encode(x.narrow(1, 0, 7), all, {5}), "rows of shape [5, 7], expected [tokens, 8]");
+  expect_error(encode(x.unsqueeze(0), all, {1}), "rows of shape [1, 5, 8], expected [tokens, 8]");
+  expect_error(encode(x.to(at::kDouble), all, {5}),
+               "rows of dtype Double, this codec was made for Float");
+  expect_error(encode(x, all, {2, 2}), "rows_per_group sums to 4, but there are 5 rows");
+  expect_error(encode(x, all, {6, -1}), "a group of -1 rows");
+  expect_error(encode(x, all, {}), "rows_per_group sums to 0, but there are 5 rows");
+  expect_error(encode(x, at::tensor({0, 5}, at::kLong), {2}),
+               "row_index[1] = 5 is not one of the 5 rows");
+  expect_error(encode(x, at::tensor({-1}, at::kLong), {1}),
+               "row_index[0] = -1 is not one of the 5 rows");
+  expect_error(encode(x, at::tensor({0, 1}, at::kInt), {2}),
+               "row_index must be a contiguous int64");
+  expect_error(encode(x, at::zeros({1, 1}, at::kLong), {1}),
+               "row_index must be a contiguous int64");
+  expect_error(encode(x, at::tensor({0, 1}, at::kLong), {5}),
+               "rows_per_group sums to 5, but there are 2 rows");
+}
+
+TEST(CodecErrors, Decode) {
+  const auto codec = make_codec(CodecOptions(), {8});
+  const Encoded encoded = codec->encode(gaussian(5, 8, 1), {5});
+  const at::Tensor index = at::arange(5);
+  const auto into = [&](at::Tensor out, const at::Tensor& to) {
+    return [=, &codec, &encoded]() mutable {
+      codec->decode_into(out, to, encoded.bytes, encoded.bytes_per_group, {5});
+    };
+  };
+  const std::string wanted = "out must be contiguous [rows, 8] of dtype Float on the CPU";
+  expect_error(into(at::Tensor(), index), wanted);
+  expect_error(into(at::empty({5, 7}), index), wanted);
+  expect_error(into(at::empty({5, 8}, at::kBFloat16), index), wanted);
+  expect_error(into(at::empty({8, 5}).t(), index), wanted);
+  expect_error(into(at::empty({5, 8}), at::Tensor()), "row_index is undefined");
+  expect_error(into(at::empty({4, 8}), index), "row_index[4] = 4 is not one of the 4 rows");
+  expect_error(into(at::empty({5, 8}), index.narrow(0, 0, 4)),
+               "rows_per_group sums to 5, but there are 4 rows");
+  EXPECT_NO_THROW(into(at::empty({5, 8}), index)());
+
+  const int64_t size = encoded.bytes.numel();
+  const std::string bytes = "the bytes must be a contiguous uint8 vector on the CPU";
+  const auto decode = [&](const at::Tensor& given) {
+    return [=, &codec] { static_cast<void>(codec->decode(given, {size})); };
+  };
+  expect_error(decode(at::Tensor()), bytes);
+  expect_error(decode(encoded.bytes.to(at::kInt)), bytes);
+  expect_error(decode(encoded.bytes.unsqueeze(0)), bytes);
+  expect_error(decode(at::cat({encoded.bytes, encoded.bytes}).slice(0, 0, 2 * size, 2)), bytes);
 }
 
 }  // namespace

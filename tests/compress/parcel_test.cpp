@@ -349,14 +349,14 @@ struct GoldenCase {
 };
 
 // Rows from integers alone, near three centres.
-at::Tensor golden_rows(int64_t rows, int64_t hidden) {
+at::Tensor golden_rows(int64_t rows, int64_t hidden, float nearness = 16) {
   const at::Tensor x = at::empty({rows, hidden});
   auto access = x.accessor<float, 2>();
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < hidden; ++j) {
       const auto centre = static_cast<float>(((i % 3 + 2) * (j + 3) * 13) % 23 - 11);
       const auto own = static_cast<float>((i * 7 + j * 3 + i * j) % 9 - 4);
-      access[i][j] = centre / 4 + own / 16;
+      access[i][j] = centre / 4 + own / nearness;
     }
   }
   // One row of zeros, and one that is too small for steps and travels whole.
@@ -377,6 +377,7 @@ std::vector<GoldenCase> golden_cases() {
       {"whole", CodecOptions().max_error(0), f32(3), golden_rows(2, 3)},
       {"row", CodecOptions(), f32(20), golden_rows(36, 20)},
       {"fine", CodecOptions().max_error(1e-4), f32(20), golden_rows(3, 20)},
+      {"clusters", CodecOptions().max_error(0.02), f32(20), golden_rows(36, 20, 32)},
       {"group bf16",
        CodecOptions(),
        {37, 0, Direction::combine, at::kBFloat16},

@@ -24,11 +24,12 @@ constexpr int64_t kVocab = 32, kGlobalBatch = 8, kSeqLen = 16;
 /// Sequences in which each token follows from the one before; one in eight is random.
 class Sequences final : public DataSource {
  public:
+  explicit Sequences(int64_t eval_windows = 7) : eval_windows_(eval_windows) {}
   int64_t vocab_size() const override { return kVocab; }
   at::Tensor train_windows(int64_t step, int64_t first, int64_t count) const override {
     return windows(step, first, count);
   }
-  int64_t num_eval_windows() const override { return 7; }  // no multiple of 2 or 4 ranks
+  int64_t num_eval_windows() const override { return eval_windows_; }
   at::Tensor eval_windows(int64_t first, int64_t count) const override {
     return windows(0, first, count);
   }
@@ -48,6 +49,7 @@ class Sequences final : public DataSource {
     }
     return out;
   }
+  const int64_t eval_windows_;
 };
 
 TrainOptions options(std::vector<const char*> more = {}) {
@@ -137,6 +139,67 @@ TEST(Trainer, LayoutChangesNothing) {
     expect_equal_losses(train_steps(options({"--compress", "lsh", "--max-error", "0"}), groups),
                         plain, 0);
     EXPECT_EQ(plain.steps[0].bytes_raw > 0, ep_size > 1);
+  }
+}
+
+TEST(Trainer, EvaluatesEachWindowOnce) {
+  // Numbers that the ranks do not divide, and fewer than there are ranks: some have none.
+  for (const int64_t windows : {1, 3, 7, 13}) {
+    const Sequences data(windows);
+    LanguageModel model(model_options(options(), kVocab), alone());
+    double sum = 0;
+    for (int64_t w = 0; w < windows; ++w) {
+      sum += model->forward(data.eval_windows(w, 1)).loss.item<double>();
+    }
+    EXPECT_NEAR(make_trainer(options(), make_expert_groups(world()), data).evaluate(),
+                sum / static_cast<double>(windows), 1e-5)
+        << windows;
+  }
+}
+
+// AdamW with decoupled weight decay (Loshchilov and Hutter 2019) after clipping by the whole
+// gradient's norm, in double.
+TEST(Trainer, StepsAreThoseOfAdamW) {
+  const TrainOptions o = options({"--weight-decay", "0.3", "--clip-grad", "0.5"});
+  const Sequences data;
+  Trainer trainer = make_trainer(o, make_expert_groups(world()), data);
+  LanguageModel model(model_options(o, kVocab), alone());
+  struct State {
+    at::Tensor parameter, value, mean, square;
+    bool decays;
+  };
+  std::vector<State> states;
+  for (const auto& item : model->named_parameters()) {
+    const at::Tensor value = item.value().detach().to(at::kDouble);
+    const std::string& name = item.key();
+    const bool vector = name.ends_with("norm") || name.ends_with("b1") || name.ends_with("b2");
+    states.push_back(
+        {item.value(), value.clone(), at::zeros_like(value), at::zeros_like(value), !vector});
+  }
+  for (int step = 1; step <= 6; ++step) {
+    model->zero_grad();
+    const at::Tensor loss = model->forward(data.train_windows(step, 0, kGlobalBatch)).loss;
+    loss.backward();
+    double squared_norm = 0;
+    for (const State& s : states) {
+      squared_norm += s.parameter.grad().to(at::kDouble).square().sum().item<double>();
+    }
+    const double norm = std::sqrt(squared_norm);
+    const StepReport report = trainer.step(/*stop=*/false);
+    EXPECT_NEAR(report.loss, loss.item<double>(), 2e-5) << "step " << step;
+    EXPECT_NEAR(report.grad_norm, norm, 1e-3 * norm) << "step " << step;
+    EXPECT_GT(norm, 0.5);  // clipping has something to do
+    const at::NoGradGuard no_grad;
+    for (State& s : states) {
+      const at::Tensor gradient = s.parameter.grad().to(at::kDouble) * (0.5 / norm);
+      s.mean = 0.9 * s.mean + 0.1 * gradient;
+      s.square = 0.95 * s.square + 0.05 * gradient.square();
+      const double lr = learning_rate(o, step);
+      if (s.decays) s.value = s.value * (1 - lr * 0.3);
+      s.value = s.value - lr * (s.mean / (1 - std::pow(0.9, step))) /
+                              (at::sqrt(s.square / (1 - std::pow(0.95, step))) + 1e-8);
+      s.parameter.copy_(s.value);
+    }
   }
 }
 

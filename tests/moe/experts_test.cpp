@@ -68,6 +68,15 @@ TEST(Experts, NoRowsGiveZeroGradients) {
   EXPECT_TRUE(at::equal(experts->w1.grad(), at::zeros_like(experts->w1)));
 }
 
+TEST(Experts, RefusesSecondDerivatives) {
+  Experts experts(ExpertsOptions(4, 8, 2));
+  const at::Tensor x = at::ones({3, 4}).set_requires_grad(true);
+  const at::Tensor y = experts->forward(x, {1, 2});
+  EXPECT_THROW((void)torch::autograd::grad({y.sum()}, {x}, {}, true, /*create_graph=*/true),
+               InvalidArgument);
+  EXPECT_NO_THROW((void)torch::autograd::grad({y.sum()}, {x}));
+}
+
 TEST(Experts, RefusesRowsThatDoNotFit) {
   Experts experts(ExpertsOptions(4, 8, 2));
   EXPECT_THROW(experts->forward(at::empty({3, 4}), {1, 1}), InvalidArgument);

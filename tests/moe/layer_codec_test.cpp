@@ -7,12 +7,14 @@
 #include <cmath>
 
 #include "lshmoe/moe/layer.hpp"
+#include "tests/support/errors.hpp"
 #include "tests/support/layer_runs.hpp"
 #include "tests/support/main.hpp"
 
 namespace lshmoe {
 namespace {
 using testing::dense_gate;
+using testing::expect_error;
 using testing::expect_runs_equal;
 using testing::input_of_rank;
 using testing::LayerRun;
@@ -51,6 +53,7 @@ struct CodecCase {
   const char* name;
   CodecOptions codec;
 };
+void PrintTo(const CodecCase& codec_case, std::ostream* out) { *out << codec_case.name; }
 class CodecTest : public ::testing::TestWithParam<CodecCase> {};
 
 std::vector<CodecCase> all_codecs() {
@@ -244,6 +247,23 @@ TEST(LayerCodec, EveryDirectionHasItsOwnSettings) {
       EXPECT_EQ((*some.stats.exchange)[d].max_relative_error > 0, coded) << name_of(d);
     }
   }
+}
+
+TEST(LayerCodec, ErrorsOfTheBackwardReachTheCaller) {
+  // On all ranks alike, and before any of them enters an exchange that the others do not.
+  const ExpertGroups groups = make_expert_groups(world());
+  MoELayer layer = make_layer(small().codec(lsh(0.1)).codec_on_self(true), groups);
+  const at::Tensor x =
+      random_rows(5, kHidden, 1, world()->rank()).to(at::kFloat).set_requires_grad(true);
+  at::Tensor gradient = at::ones({5, kHidden});
+  gradient[3][2] = NAN;
+  const at::Tensor y = layer->forward(x).output;
+  expect_error("NaN", [&] { (void)torch::autograd::grad({y}, {x}, {gradient}, true); });
+  expect_error("second derivatives", [&] {
+    (void)torch::autograd::grad({y}, {x}, {at::ones_like(y)}, true, /*create_graph=*/true);
+  });
+  // The layer still works.
+  EXPECT_TRUE(torch::autograd::grad({y}, {x}, {at::ones_like(y)})[0].isfinite().all().item<bool>());
 }
 
 // --- rows at the receiver, and gradients, through the dispatcher ---

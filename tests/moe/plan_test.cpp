@@ -6,10 +6,11 @@
 
 #include <set>
 
-#include "lshmoe/runtime/error.hpp"
+#include "tests/support/errors.hpp"
 
 namespace lshmoe {
 namespace {
+using testing::expect_error;
 
 std::vector<int64_t> values(const at::Tensor& t) {
   return {t.const_data_ptr<int64_t>(), t.const_data_ptr<int64_t>() + t.numel()};
@@ -98,12 +99,7 @@ TEST(ReceivePlan, PadsBlocks) {
 }
 
 void expect_refused(Wires& wires, const char* peer) {
-  try {
-    (void)wires.read();
-    FAIL() << "damaged plan accepted";
-  } catch (const InvalidArgument& error) {
-    EXPECT_NE(std::string(error.what()).find(peer), std::string::npos) << error.what();
-  }
+  expect_error(std::string("the plan from ") + peer, [&] { (void)wires.read(); });
 }
 
 TEST(ReceivePlan, RefusesDamage) {

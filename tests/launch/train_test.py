@@ -1,0 +1,323 @@
+"""lshmoe-train as a user runs it: bad input, files it writes, signals, ranks that fail.
+
+    train_test.py PROGRAM VICTIM MPIEXEC QUICKSTART [unittest's arguments]
+"""
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+PROGRAM, VICTIM, MPIEXEC, QUICKSTART = sys.argv[1:5]
+del sys.argv[1:5]
+# A launcher around this script, as on a cluster, must not be taken for the jobs' own.
+for name in ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE", "SLURM_NTASKS"):
+    os.environ.pop(name, None)
+
+TINY = ("--hidden-size 16 --heads 2 --ffn-hidden-size 16 --dense-ffn-hidden-size 16 --seq-len 32 "
+        "--batch-size 2 --eval-sequences 8 --warmup-steps 5 --lr 0.01").split()
+KEYS = ("step loss eval_loss aux_loss lr grad_norm tokens_per_s step_ms codec_ms alltoall_ms "
+        "expert_ms bytes_sent bytes_raw rate max_relative_error max_error_ratio "
+        "expert_load_max_over_mean").split()
+
+
+def command(args, ranks, program=PROGRAM, mpi_args=()):
+    return ([MPIEXEC, "-n", str(ranks), *mpi_args] if ranks > 1 else []) + [program, *args]
+
+
+def refuse_constant(name):
+    raise ValueError(name + " is not JSON")
+
+
+class TrainTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+        self.text = self.write("text.txt", "the quick brown fox jumps over the lazy dog. " * 1000)
+
+    def write(self, name, text):
+        path = os.path.join(self.folder, name)
+        with open(path, "w", encoding="ascii") as file:
+            file.write(text)
+        return path
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def run_job(self, args, ranks=1, limit=30, **more):
+        """Returns (exit code, output, seconds). Reaching the limit is the hang that must not be."""
+        env = dict(os.environ, **more.pop("env", {}))
+        start = time.monotonic()
+        job = subprocess.Popen(command(args, ranks, **more), env=env, text=True,
+                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            output, _ = job.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(job.pid, signal.SIGKILL)
+            self.fail(f"hangs: {args} at {ranks} ranks: {job.communicate()[0]}")
+        return job.returncode, output, time.monotonic() - start
+
+    def train(self, args, ranks=1, **more):
+        code, output, _ = self.run_job([*TINY, "--data", self.text, *args], ranks, **more)
+        self.assertEqual(code, 0, output)
+        return output
+
+    def metrics(self, name="m.jsonl"):
+        with open(self.path(name), encoding="ascii") as file:
+            return [json.loads(line, parse_constant=refuse_constant) for line in file]
+
+
+class BadInput(TrainTest):
+    """One error line that says what is wrong and what to do; a failing exit code; no hang."""
+
+    def refused(self, ranks, cases):
+        for args, text in cases:
+            with self.subTest(args=args):
+                code, output, _ = self.run_job(args, ranks)
+                self.assertNotEqual(code, 0, output)
+                errors = [line for line in output.splitlines() if "[error]" in line]
+                self.assertEqual(len(errors), 1, output)
+                self.assertRegex(errors[0], text)
+                self.assertNotIn("loss", output.replace("aux-loss-coeff", ""))
+
+    def cases(self):
+        empty = self.write("empty.txt", "")
+        text = ["--data", self.text]
+        return [
+            (["--num-expert", "8"], r"unknown option 'num-expert' .*did you mean --num-experts\?"),
+            ([*text, "--top-k", "9"], r"top_k.* 9.*num_experts.* 8"),
+            (["--data", self.path("none.txt")], r"no data at '.*none.txt' .*: give --data an existing"),
+            (["--data", empty], r"'.*empty.txt' is empty: give --data"),
+            ([*text, "--ep-size", "3"], r"ep-size 3 does not divide .*: change --ep-size or"),
+            ([*text, "--hidden-size", "0"], r"hidden-size is 0 \(must be at least 1\)"),
+            ([*text, "--compress", "zip"], r"'zip'.*none.*bf16.*lsh"),
+            ([*text, "--compress", "fp8"], r"fp8.*is to come"),
+            ([*text, "--compress", "lsh", "--max-error", "-1"], r"max_error.*-1.*(0|positive)"),
+        ]
+
+    def test_alone(self):
+        text = ["--data", self.text]
+        self.refused(1, [
+            *self.cases(),
+            (["--steps", "many"], r"'many'.*--steps"),
+            (["--layer-s"], r"unknown option 'layer-s'.*did you mean --layers\?"),
+            (["8"], r"a value without an option"),
+            ([*text, "--config", self.path("none.ini")], r"cannot read the file '.*none.ini'"),
+            (["--config", self.write("a.ini", "top_k = 2\n")],
+             r"unknown option 'top_k' in .*a.ini, did you mean --top-k\?"),
+            ([*text, "--score-function", "tanh"], r"'tanh'.*softmax.*sigmoid"),
+            ([*text, "--activation", "elu"], r"'elu'.*relu.*gelu.*swiglu"),
+            ([*text, "--device", "cuda"], r"cuda is not there yet: use --device cpu"),
+            ([*text, "--dtype", "fp16"], r"'fp16': use --dtype fp32 or bf16"),
+            ([*text, "--max-error-backward", "-3"], r"max-error-backward is -3"),
+            ([*text, "--max-error", "nan"], r"max_error.*nan"),
+            ([*text, "--timeout", "0"], r"timeout is 0 .*above 0"),
+            ([*text, "--moe-every", "3"], r"moe-every is 3"),
+            ([*text, "--seed", "-1"], r"seed is -1 .*at least 0"),
+            ([*text, "--metrics", "/nonexistent/m.jsonl"], r"cannot write metrics to '/nonexistent/"),
+            ([*text, "--trace", "/nonexistent/t.json"], r"cannot write a trace to '/nonexistent/"),
+            (["--data", self.write("short.txt", "short")], r"more text or a smaller --seq-len"),
+        ])
+
+    def test_ranks(self):
+        text = ["--data", self.text]
+        self.refused(4, [
+            *self.cases(),
+            ([*text, "--num-experts", "6"], r"num_experts 6 is not divisible by ep_size 4 .*: change"),
+            ([*text, "--metrics", "/nonexistent/m.jsonl"], r"cannot write metrics to '/nonexistent/"),
+        ])
+
+
+class Files(TrainTest):
+    def test_help(self):
+        code, output, _ = self.run_job(["--help"])
+        self.assertEqual(code, 0)
+        for words in ("usage: lshmoe-train", "--num-experts", "--max-error", "--data PATH"):
+            self.assertIn(words, output)
+        code, again, _ = self.run_job(["--help"], ranks=2)
+        self.assertEqual((code, again), (0, output))
+
+    def test_metrics(self):
+        output = self.train(["--steps", "30", "--eval-every", "10", "--compress", "lsh",
+                             "--metrics", self.path("m.jsonl"), "--progress", "10"], ranks=2)
+        lines = self.metrics()
+        self.assertEqual([line["step"] for line in lines], list(range(1, 31)))
+        for line in lines:
+            self.assertEqual(list(line), KEYS)
+            self.assertEqual(line["eval_loss"] is not None, line["step"] % 10 == 0)
+            self.assertAlmostEqual(line["rate"], line["bytes_sent"] / line["bytes_raw"])
+            self.assertAlmostEqual(line["tokens_per_s"] * line["step_ms"] / 1e3, 2 * 2 * 32)
+            self.assertIsInstance(line["bytes_sent"], int)
+            self.assertLessEqual(line["max_relative_error"], 0.1 * (1 + 1e-6))
+            self.assertLessEqual(line["max_error_ratio"], 1.0)
+            parts = line["codec_ms"] + line["alltoall_ms"] + line["expert_ms"]
+            self.assertTrue(0 < parts < line["step_ms"])
+        self.assertLess(lines[-1]["loss"], lines[0]["loss"] - 1)
+        # The same numbers for the reader.
+        self.assertRegex(output, r"step 20/30  loss [\d.]+  \d+ tokens/s  ETA \d+ s  sent [\d.]+ %")
+        self.assertIn(f"held-out loss {lines[9]['eval_loss']:.4f}", output)
+        self.assertRegex(output, r"finished with step 30 of 30, \d+ s of training")
+        self.assertIn(f"held-out loss   {lines[-1]['eval_loss']:.4f} nats", output)
+        sent, raw = (sum(line[key] for line in lines) for key in ("bytes_sent", "bytes_raw"))
+        self.assertIn(f"{sent / 2**20:.1f} MiB sent, {raw / 2**20:.1f} MiB raw (bf16): "
+                      f"{100 * sent / raw:.1f} %, {(raw - sent) / 2**20:.1f} MiB saved", output)
+        shares = re.search(r"  time  .*", output).group()
+        self.assertAlmostEqual(sum(map(float, re.findall(r"([\d.]+) %", shares))), 100, delta=0.4)
+
+    def test_same_bits(self):
+        for ranks in (1, 4):
+            for name in ("a.jsonl", "b.jsonl"):
+                self.train(["--steps", "8", "--eval-every", "4", "--compress", "lsh", "--metrics",
+                            self.path(name)], ranks)
+            same = [[{k: line[k] for k in KEYS if not re.search("_ms|_s$", k)}
+                     for line in self.metrics(name)] for name in ("a.jsonl", "b.jsonl")]
+            self.assertEqual(*same)
+            self.assertGreater(same[0][0]["loss"], 4)
+
+    def test_trace(self):
+        self.train(["--steps", "2", "--compress", "lsh", "--trace", self.path("t.json")], ranks=2)
+        self.assertEqual(sorted(name for name in os.listdir(self.folder) if name.startswith("t.")),
+                         ["t.rank0.json", "t.rank1.json"])
+        for rank in range(2):
+            with open(self.path(f"t.rank{rank}.json"), encoding="utf-8") as file:
+                names = {event.get("name") for event in json.load(file)["traceEvents"]}
+            for phase in ("step", "attention", "dense_ffn", "experts", "dispatch", "combine",
+                          "dispatch_backward", "combine_backward", "encode", "decode",
+                          "all_to_all", "reduce_gradients", "optimiser", "evaluate"):
+                self.assertIn("lshmoe::" + phase, names)
+
+    def test_config(self):
+        config = self.write("c.ini", "steps = 3\ncompress = lsh\nprogress = 1\n")
+        output = self.train(["--config", config, "--steps", "2"])
+        self.assertIn("compress lsh, 2 steps", output)
+        self.assertIn("step 2/2", output)
+
+
+class Failures(TrainTest):
+    """A rank that fails ends the job: in time, with a failing exit code, named."""
+
+    def victim(self, how, ranks, rank, **more):
+        return self.run_job([*TINY, "--data", self.text, "--steps", "100", "--compress", "lsh",
+                             "--timeout", "3"], ranks, program=VICTIM,
+                            env={"LSHMOE_VICTIM": how, "LSHMOE_VICTIM_RANK": str(rank)}, **more)
+
+    def ended_badly(self, code, output, seconds):
+        self.assertNotEqual(code, 0, output)
+        self.assertNotIn("finished", output)
+        self.assertLess(seconds, 15, output)
+
+    def test_throws(self):
+        for ranks, rank in ((1, 0), (4, 2)):
+            result = self.victim("throw", ranks, rank)
+            self.ended_badly(*result)
+            prefix = f"[rank {rank}] " if ranks > 1 else ""
+            self.assertIn(prefix + "[error] no more text\n", result[1])
+            self.assertNotIn("second line", result[1])
+
+    def test_killed(self):
+        result = self.victim("kill", 4, 2)
+        self.ended_badly(*result)
+        self.assertIn("signal 9", result[1])
+
+    def test_killed_unseen_by_mpirun(self):
+        # mpirun told to let the others live: they must find out, and end, by themselves.
+        _, output, seconds = self.run_job(
+            ["-c", '"$0" "$@"; echo "rank $OMPI_COMM_WORLD_RANK exits with $?"', VICTIM, *TINY,
+             "--data", self.text, "--steps", "100", "--compress", "lsh", "--timeout", "3"],
+            4, program="sh", mpi_args=["--enable-recovery"],
+            env={"LSHMOE_VICTIM": "kill", "LSHMOE_VICTIM_RANK": "2"})
+        self.assertLess(seconds, 15, output)
+        for rank in (0, 1, 3):
+            self.assertIn(f"rank {rank} exits with 1\n", output)
+        self.assertRegex(output, r"\[error\] no answer for 3 s in .*rank 2 on ")
+
+    def test_frozen(self):
+        result = self.victim("freeze", 4, 2)
+        self.ended_badly(*result)
+        self.assertRegex(result[1], r"\[rank [013]\] \[error\] no answer for 3 s in .*rank 2 on ")
+
+
+class Signals(TrainTest):
+    ENDLESS = ["--steps", "1000000", "--progress", "1", "--eval-every", "0", "--compress", "lsh"]
+
+    def stopped_by(self, number, ranks):
+        """Sends the signal once training runs; returns (exit code, output, seconds from then)."""
+        args = [*TINY, *self.ENDLESS, "--data", self.text, "--metrics", self.path("m.jsonl")]
+        job = subprocess.Popen(command(args, ranks), text=True, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True)
+        watchdog = subprocess.Popen(["sh", "-c", f"sleep 40; kill -9 -{job.pid}"],
+                                    start_new_session=True)
+        try:
+            output = ""
+            while "step 5/" not in output:
+                line = job.stdout.readline()
+                self.assertNotEqual(line, "", output)
+                output += line
+            start = time.monotonic()
+            job.send_signal(number)
+            output += job.communicate()[0]
+            return job.returncode, output, time.monotonic() - start
+        finally:
+            os.killpg(watchdog.pid, signal.SIGKILL)
+            watchdog.wait()
+
+    def summary_in(self, output):
+        step = int(re.search(r"stopped after step (\d+) of 1000000", output).group(1))
+        self.assertGreaterEqual(step, 5)
+        self.assertEqual(len(self.metrics()), step)
+        self.assertIn("MiB saved" if "MiB" in output else "training loss", output)
+        self.assertRegex(output, r"  time .*optimiser")
+
+    def test_sigusr1_ends_all_ranks_after_the_step(self):
+        for ranks in (1, 4):
+            code, output, seconds = self.stopped_by(signal.SIGUSR1, ranks)
+            self.assertEqual(code, 0, output)
+            self.assertLess(seconds, 10)
+            self.summary_in(output)
+
+    def test_ctrl_c_alone(self):
+        code, output, _ = self.stopped_by(signal.SIGINT, 1)
+        self.assertEqual(code, 0, output)
+        self.summary_in(output)
+
+    def test_ctrl_c_on_mpirun(self):
+        # mpirun gives the ranks a second.
+        _, output, _ = self.stopped_by(signal.SIGINT, 4)
+        self.summary_in(output)
+
+    @unittest.skipUnless("LSHMOE_PRESET" in os.environ, "quickstart.sh would build another tree")
+    def test_ctrl_c_on_quickstart(self):
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.execv(QUICKSTART, [QUICKSTART, *TINY, *self.ENDLESS[:-2], "--data", self.text,
+                                  "--metrics", self.path("m.jsonl")])
+        output, pressed = "", False
+        deadline = time.monotonic() + 60
+        while True:
+            if not select.select([terminal], [], [], max(0, deadline - time.monotonic()))[0]:
+                os.kill(pid, signal.SIGKILL)
+                self.fail("hangs: " + output)
+            try:
+                output += os.read(terminal, 65536).decode()
+            except OSError:  # the script has ended
+                break
+            if not pressed and "step 5/" in output:
+                pressed = os.write(terminal, b"\x03") == 1
+        self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 0, output)
+        self.assertTrue(pressed)
+        self.assertIn("4 ranks", output)
+        self.summary_in(output)
+
+
+if __name__ == "__main__":
+    unittest.main()
