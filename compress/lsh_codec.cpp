@@ -856,7 +856,8 @@ class LshCodec final : public Codec {
     auto* out = static_cast<T*>(sink.data);
     if (source_ || header.flags == kAllWhole) {
       LSHMOE_VALIDATE((source_ ? header.flags == 0 : true) && header.centroids == 0 &&
-                          parcel.shared.empty() && parcel.body.size() == n * whole_bytes(),
+                          header.state_version == 0 && parcel.shared.empty() &&
+                          parcel.body.size() == n * whole_bytes(),
                       "decode: a parcel of ", n, " whole rows has ", parcel.body.size(),
                       " bytes of them (damaged parcel)");
       for (std::size_t i = 0; i < n; ++i) {

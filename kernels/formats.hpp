@@ -1,0 +1,122 @@
+#pragma once
+// Rows in fixed formats: fp8, int8, int4. The elements' functors (C++17, shared with .cu files) and
+// the loops over rows.
+//
+// Scales are powers of two away from overflow and denormals: a block is first multiplied by one of
+// two powers of two (block_down) and its scale stands for that; the scale's sign bit says which.
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "lshmoe/kernels/bfloat16.hpp"
+#include "lshmoe/kernels/host_device.hpp"
+
+namespace lshmoe::kernels {
+
+/// Elements that share a scale (fp8, int4), and that are rotated together (int4).
+inline constexpr std::int64_t kFormatBlock = 128;
+
+// e4m3 of the OCP 8-bit floating point specification: no infinities, NaN is 0x7F. ---------------
+
+inline constexpr float kE4m3Max = 448.0F;
+inline constexpr float kE4m3MinNormal = 0x1p-6F;
+
+/// Nearest, ties to even; beyond +-448 saturates (NaN too). With random bits instead of the half:
+/// up with the probability of the part cut off. random: 20 bits, kNearest for the nearest.
+inline constexpr std::uint32_t kNearest = 0xFFFFFFFFu;
+template <bool kStochastic>
+LSHMOE_HOST_DEVICE inline std::uint32_t to_e4m3(float value, std::uint32_t random) {
+  const std::uint32_t bits = float_bits(value);
+  const std::uint32_t limit = float_bits(kE4m3Max);
+  std::uint32_t size = bits & 0x7FFFFFFFu;
+  size = size < limit ? size : limit;
+  const std::uint32_t add = kStochastic ? random >> 12 : 0x7FFFFu + ((size >> 20) & 1u);
+  const std::uint32_t normal = ((size + add) >> 20) - (120u << 3);
+  // Below the normal numbers: multiples of 2^-9.
+  const float units = float_from_bits(size) * 0x1p+9F;
+  float whole;
+  if (kStochastic) {
+    whole = std::floor(units);
+    whole += static_cast<float>(random >> 12) * 0x1p-20F < units - whole ? 1.0F : 0.0F;
+  } else {
+    whole = (units + 0x1p+23F) - 0x1p+23F;
+  }
+  // Clamped: the cast of what is not chosen must be defined too.
+  const auto small = static_cast<std::uint32_t>(static_cast<std::int32_t>(
+      whole < 8.0F ? whole : 8.0F));
+  const std::uint32_t code = size < float_bits(kE4m3MinNormal) ? small : normal;
+  return code | ((bits >> 24) & 0x80u);
+}
+/// Of a code that is not NaN.
+LSHMOE_HOST_DEVICE inline float e4m3_value(std::uint32_t code) {
+  const std::uint32_t size = code & 0x7Fu;
+  const float small = static_cast<float>(static_cast<std::int32_t>(size)) * 0x1p-9F;
+  const float normal = float_from_bits((size << 20) + (120u << 23));
+  const std::uint32_t bits = float_bits(size < 8u ? small : normal);
+  return float_from_bits(bits | ((code & 0x80u) << 24));
+}
+
+// Integers --------------------------------------------------------------------------------------
+
+/// Nearest integer, ties to even; or stochastic: up with the probability of the part cut off.
+/// random: 32 bits. |value| < 2^22.
+template <bool kStochastic>
+LSHMOE_HOST_DEVICE inline float round_value(float value, std::uint32_t random) {
+  if (!kStochastic) return std::nearbyint(value);
+  const float below = std::floor(value);
+  const float chance = static_cast<float>(static_cast<std::int32_t>(random >> 8)) * 0x1p-24F;
+  return below + (chance < value - below ? 1.0F : 0.0F);
+}
+
+/// Noise of stochastic rounding: 32 bits of (key, element) alone.
+struct NoiseKey {
+  std::uint32_t low = 0, high = 0;
+};
+LSHMOE_HOST_DEVICE inline std::uint32_t noise(NoiseKey key, std::uint32_t element) {
+  std::uint32_t x = element * 0x9E3779B9u + key.low;
+  x = (x ^ (x >> 16)) * 0x7FEB352Du + key.high;
+  x = (x ^ (x >> 15)) * 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+
+// Scales ----------------------------------------------------------------------------------------
+
+/// Blocks whose largest magnitude is below this are small: their scale's sign bit is set.
+inline constexpr float kSmallBlock = 0x1p-64F;
+/// What a block is multiplied by before it is coded, and after.
+LSHMOE_HOST_DEVICE inline float block_down(bool small) { return small ? 0x1p+80F : 0x1p-16F; }
+LSHMOE_HOST_DEVICE inline float block_up(bool small) { return small ? 0x1p-80F : 0x1p+16F; }
+/// Scales beyond are never written; up to it no sum of a block leaves fp32.
+inline constexpr float kMaxScale = 0x1p+114F;
+
+// Rows ------------------------------------------------------------------------------------------
+
+/// fp8: one fp32 scale a block, largest / 448.  int8: one fp32 scale a row, largest / 127.
+/// int4: blocks times a Hadamard matrix / sqrt(n) (the last block in parts of powers of two), one
+/// bfloat16 scale a block, two values a byte, in -8 .. 7.
+/// A row is its scales, then its codes.
+enum class RowFormat : std::uint8_t { fp8, int8, int4 };
+
+/// Bytes of a row of `hidden` elements.
+[[nodiscard]] std::size_t format_row_bytes(RowFormat format, std::int64_t hidden);
+
+/// Writes format_row_bytes to out. x [hidden] finite. key null: nearest, and int4 takes the scale
+/// of least error; else stochastic, and scales cut nothing off, so that the mean is x.
+void encode_row(RowFormat format, std::uint8_t* out, const float* x, std::int64_t hidden,
+                const NoiseKey* key);
+
+/// out [hidden], finite. Returns false, out unspecified, for bytes that encode_row never writes.
+template <class T>
+[[nodiscard]] bool decode_row(RowFormat format, T* out, const std::uint8_t* in,
+                              std::int64_t hidden);
+
+/// x [count], count a power of two up to kFormatBlock, times the Hadamard matrix, not scaled: entry
+/// (i, j) is -1 where i & j has an odd number of bits. scratch [count].
+void hadamard(float* x, float* scratch, std::int64_t count);
+
+/// sum (a - b)^2 in double.
+template <class T>
+[[nodiscard]] double squared_distance(const float* a, const T* b, std::int64_t count);
+
+}  // namespace lshmoe::kernels
