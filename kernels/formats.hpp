@@ -2,8 +2,8 @@
 // Rows in fixed formats: fp8, int8, int4. The elements' functors (C++17, shared with .cu files) and
 // the loops over rows.
 //
-// Scales are powers of two away from overflow and denormals: a block is first multiplied by one of
-// two powers of two (block_down) and its scale stands for that; the scale's sign bit says which.
+// Neither scales nor what is divided by them may overflow or become denormal: a block is first
+// multiplied by one of two powers of two (block_down), and the sign bit of its scale says by which.
 
 #include <cmath>
 #include <cstddef>
@@ -17,14 +17,13 @@ namespace lshmoe::kernels {
 /// Elements that share a scale (fp8, int4), and that are rotated together (int4).
 inline constexpr std::int64_t kFormatBlock = 128;
 
-// e4m3 of the OCP 8-bit floating point specification: no infinities, NaN is 0x7F. ---------------
+// e4m3 of the OCP 8-bit floating point specification: no infinities, NaN is 0x7F ----------------
 
 inline constexpr float kE4m3Max = 448.0F;
 inline constexpr float kE4m3MinNormal = 0x1p-6F;
 
 /// Nearest, ties to even; beyond +-448 saturates (NaN too). With random bits instead of the half:
-/// up with the probability of the part cut off. random: 20 bits, kNearest for the nearest.
-inline constexpr std::uint32_t kNearest = 0xFFFFFFFFu;
+/// up with the probability of the part cut off. random: 32 bits.
 template <bool kStochastic>
 LSHMOE_HOST_DEVICE inline std::uint32_t to_e4m3(float value, std::uint32_t random) {
   const std::uint32_t bits = float_bits(value);

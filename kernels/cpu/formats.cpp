@@ -243,8 +243,8 @@ bool decode_int4(T* out, const std::uint8_t* in, std::int64_t hidden) {
     bool small;
     if (!read_scale_bfloat16(in, &scale, &small)) return false;
     for (std::int64_t i = 0; i < count / 2; ++i) {
-      z[2 * i] = static_cast<float>((codes[i] & 15 ^ 8) - 8) * scale;
-      z[2 * i + 1] = static_cast<float>((codes[i] >> 4 ^ 8) - 8) * scale;
+      z[2 * i] = static_cast<float>(((codes[i] & 15) ^ 8) - 8) * scale;
+      z[2 * i + 1] = static_cast<float>(((codes[i] >> 4) ^ 8) - 8) * scale;
     }
     codes += count / 2;
     if (count % 2 != 0) {
