@@ -7,6 +7,7 @@
 #include <numeric>
 #include <utility>
 
+#include "lshmoe/compress/format_codec.hpp"
 #include "lshmoe/compress/lsh_codec.hpp"
 #include "lshmoe/compress/raw_codec.hpp"
 #include "lshmoe/runtime/error.hpp"
@@ -57,16 +58,14 @@ std::string_view name_of(Direction direction) {
   throw InvalidArgument("a direction that is none of the four");
 }
 
+bool sends_centroids(const CodecOptions& options) {
+  return options.kind() == "lsh" && options.restore() == "source" && options.max_error() > 0;
+}
+
 void validate(const CodecOptions& options) {
-  static const std::array<std::string, 3> kKinds{"none", "bf16", "lsh"};
-  static const std::array<std::string, 3> kLaterKinds{"fp8", "int8", "int4"};
-  if (contains(kLaterKinds, options.kind())) {
-    throw NotConfigured(
-        detail::message("codec kind '", options.kind(),
-                        "' is to come and not in this version: use none, bf16 or lsh"));
-  }
+  static const std::array<std::string, 6> kKinds{"none", "bf16", "fp8", "int8", "int4", "lsh"};
   LSHMOE_VALIDATE(contains(kKinds, options.kind()), "unknown codec kind '", options.kind(),
-                  "': use none, bf16 or lsh");
+                  "': use none, bf16, fp8, int8, int4 or lsh");
   LSHMOE_VALIDATE(options.restore() == "expert" || options.restore() == "source",
                   "unknown restore '", options.restore(), "': use expert or source");
   LSHMOE_VALIDATE(std::isfinite(options.max_error()) && options.max_error() >= 0, "max_error ",
@@ -107,6 +106,11 @@ void validate(const CodecOptions& options) {
   LSHMOE_VALIDATE(options.sample_rows() >= 0, "sample_rows ", options.sample_rows(),
                   " must be 0 (the default) or more");
   LSHMOE_VALIDATE(std::isfinite(options.alpha()), "alpha ", options.alpha(), " must be finite");
+  LSHMOE_VALIDATE(options.rounding() == "nearest" || options.rounding() == "stochastic",
+                  "unknown rounding '", options.rounding(), "': use nearest or stochastic");
+  LSHMOE_VALIDATE(
+      options.rounding() == "nearest" || options.kind() != "bf16",
+      "rounding stochastic is not for kind bf16: use rounding nearest, or another kind");
 }
 
 std::shared_ptr<Codec> make_codec(const CodecOptions& options, const CodecContext& context) {
@@ -119,7 +123,8 @@ std::shared_ptr<Codec> make_codec(const CodecOptions& options, const CodecContex
                   "codec kind ", options.kind(), " does not take rows of dtype ", dtype,
                   ": use float32 or bfloat16 (none: float64 too)");
   if (options.kind() == "lsh") return make_lsh_codec(options, context);
-  return make_raw_codec(options, context);
+  if (options.kind() == "none" || options.kind() == "bf16") return make_raw_codec(options, context);
+  return make_format_codec(options, context);
 }
 
 Codec::Codec(CodecOptions options, CodecContext context)

@@ -24,7 +24,9 @@ enum class Direction : std::uint8_t { dispatch, combine, combine_backward, dispa
 
 /// What to send instead of the rows themselves. TORCH_ARG style: CodecOptions().kind("lsh").
 struct CodecOptions {
-  /// none | bf16 | lsh. (fp8, int8, int4 are not there yet; asking for one says so.)
+  /// none | bf16 | fp8 | int8 | int4 | lsh. fp8: e4m3, an fp32 scale per 128 elements. int8: an
+  /// fp32 scale a row. int4: blocks of 128 elements rotated by a Hadamard matrix, a bfloat16 scale
+  /// each.
   TORCH_ARG(std::string, kind) = "lsh";
   /// lsh only. expert: every token is rebuilt before its expert runs. source: the paper's way, only
   /// centroids travel and the residual is added where the token came from.
@@ -61,7 +63,11 @@ struct CodecOptions {
   TORCH_ARG(int64_t, sample_rows) = 0;
   /// restore=source: y = E(c) + alpha (x - c'). 1 is the paper.
   TORCH_ARG(double, alpha) = 0.0;
-  /// Of the projection; independent of the seeds of parameters and data.
+  /// All kinds but none and bf16. nearest, or stochastic: up or down by chance, so that the mean of
+  /// what is decoded is what was sent (but for the cast to the row's dtype). The noise is a
+  /// function of the seed, the layer, the direction and the row.
+  TORCH_ARG(std::string, rounding) = "nearest";
+  /// Of projection and noise; independent of the seeds of parameters and data.
   TORCH_ARG(uint64_t, seed) = 0;
 };
 
@@ -195,7 +201,11 @@ class Codec {
   void check_bytes(const at::Tensor& bytes, const std::vector<int64_t>& bytes_per_group) const;
 };
 
-/// Checks names and ranges; throws InvalidArgument (or NotConfigured for a kind that is to come).
+/// True for kind lsh with restore=source: centroids travel in place of rows. Not with max_error 0,
+/// which sends every row whole, whatever restore says.
+[[nodiscard]] bool sends_centroids(const CodecOptions& options);
+
+/// Checks names and ranges; throws InvalidArgument.
 void validate(const CodecOptions& options);
 
 /// Makes the codec of one direction of one layer. Local; deterministic in (options, context).

@@ -28,6 +28,7 @@ std::shared_ptr<Codec> base_codec(const CodecOptions& options, std::int64_t hidd
   return make_codec(CodecOptions(options)
                         .state("batch")
                         .transform("channels")
+                        .rounding("nearest")
                         .error_reference("row")
                         .max_error(kBaseError)
                         .max_clusters(0),

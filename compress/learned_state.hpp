@@ -19,7 +19,7 @@ struct LearnedState {
   /// [1 + centroids, hidden]: what a row is taken from: the mean for rows without a centroid.
   std::vector<float> bases;
   std::vector<std::uint8_t> parcel;  ///< the bases as they travel
-  std::vector<std::int32_t> order;  ///< [hidden] channels by falling energy; empty: as they are
+  std::vector<std::int32_t> order;   ///< [hidden] channels by falling energy; empty: as they are
   /// [hidden, hidden], values of bfloat16, row j the j-th direction; undefined: none. r =
   /// coefficients basis, and
   /// coefficients = r inverse: the basis is not exactly orthonormal.

@@ -6,12 +6,14 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <span>
 #include <unordered_map>
 #include <utility>
 
 #include "lshmoe/compress/clusters.hpp"
 #include "lshmoe/compress/learned_state.hpp"
+#include "lshmoe/compress/noise.hpp"
 #include "lshmoe/compress/row_coder.hpp"
 #include "lshmoe/compress/state_coder.hpp"
 #include "lshmoe/kernels/lsh.hpp"
@@ -140,13 +142,16 @@ class LshCodec final : public Codec {
  public:
   LshCodec(const CodecOptions& options, const CodecContext& context)
       : Codec(options, context),
-        source_(options.restore() == "source"),
+        source_(sends_centroids(options)),
         by_group_(options.error_reference().empty() ? context.direction == Direction::combine
                                                     : options.error_reference() == "group"),
         whole_(!source_ &&
                (options.max_error() == 0 ||
                 (context.dtype == at::kBFloat16 && options.max_error() < kLeastErrorBfloat16))),
         learned_(!source_ && !whole_ && options.state() == "learned"),
+        noise_(options.rounding() == "stochastic"
+                   ? std::optional(noise_stream(options.seed(), context))
+                   : std::nullopt),
         projection_(whole_ ? std::vector<float>()
                            : projection_matrix(options, context.hidden_size, context.layer)) {}
 
@@ -221,6 +226,7 @@ class LshCodec final : public Codec {
   bool by_group_;
   bool whole_;  // every row travels as it is
   bool learned_;
+  std::optional<std::uint64_t> noise_;  // the stream of stochastic rounding
   std::vector<float> projection_;
 
   // state=learned. Parcels of the former version may still be on their way to decode.
@@ -269,6 +275,7 @@ class LshCodec final : public Codec {
     return std::make_shared<LshCodec<T>>(CodecOptions(options())
                                              .state("batch")
                                              .transform("channels")
+                                             .rounding("nearest")
                                              .error_reference("row")
                                              .max_error(std::min(0.05, options().max_error())),
                                          context());
@@ -508,6 +515,8 @@ class LshCodec final : public Codec {
         x = work.row.data();
       }
       const auto id = static_cast<std::uint32_t>(plan.clusters.assignment[row] + 1);
+      if (noise_)
+        coder.set_noise(noise_key(*noise_, natural, 4 * static_cast<std::size_t>(hidden)));
       grow(stream.bytes, payload + coder.max_payload());
       double error = 0;
       std::uint8_t* record = stream.bytes.data() + directory + row * layout.record_bytes;
@@ -572,7 +581,7 @@ class LshCodec final : public Codec {
     if (count == 0) return learned;
     load({source.data, tokens.data(), count}, 0, count, work);
     static_cast<void>(set_bounds(count, work));
-    learned.coded = StateCoder<T>(*current_, StepCode(), options(), projection_)
+    learned.coded = StateCoder<T>(*current_, StepCode(), options(), projection_, noise_)
                         .encode(work.x.data(), count, work.norm.data(), work.bound.data());
     learned.norm = work.norm;
     learned.bound = work.bound;
@@ -587,8 +596,9 @@ class LshCodec final : public Codec {
     if (by_group_) {
       load(source, first, rows, work);
       step_on_wire = set_bounds(rows, work);
-      learned.coded = StateCoder<T>(*current_, StepCode(step_on_wire), options(), projection_)
-                          .encode(work.x.data(), rows, work.norm.data(), work.bound.data());
+      learned.coded =
+          StateCoder<T>(*current_, StepCode(step_on_wire), options(), projection_, noise_)
+              .encode(work.x.data(), rows, work.norm.data(), work.bound.data());
       learned.norm = work.norm;
       learned.bound = work.bound;
     }

@@ -22,7 +22,15 @@
 namespace lshmoe {
 
 /// On the wire: never renumber.
-enum class ParcelKind : std::uint8_t { none = 0, bf16 = 1, lsh_expert = 2, lsh_source = 3 };
+enum class ParcelKind : std::uint8_t {
+  none = 0,
+  bf16 = 1,
+  lsh_expert = 2,
+  lsh_source = 3,
+  fp8 = 4,
+  int8 = 5,
+  int4 = 6
+};
 
 struct ParcelHeader {
   static constexpr std::size_t kBytes = 40;

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "lshmoe/compress/fixed_rows.hpp"
 #include "lshmoe/kernels/rows.hpp"
-#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
 namespace {
@@ -34,25 +34,8 @@ class RawCodec final : public Codec {
                     const std::vector<int64_t>& rows_per_group) const override {
     const int64_t hidden = context().hidden_size;
     const std::size_t row_bytes = element_bytes_ * static_cast<std::size_t>(hidden);
-    Encoded encoded;
-    int64_t size = 0;
-    for (const int64_t rows : rows_per_group) {
-      const int64_t bytes = rows == 0 ? 0
-                                      : static_cast<int64_t>(ParcelHeader::kBytes) +
-                                            rows * static_cast<int64_t>(row_bytes);
-      encoded.bytes_per_group.push_back(bytes);
-      size += bytes;
-    }
-    encoded.bytes = at::empty({size}, at::kByte);
-    encoded.centroids_per_group.assign(rows_per_group.size(), 0);
-    auto* out = encoded.bytes.mutable_data_ptr<std::uint8_t>();
-    CodecStats& stats = encoded.stats;
-    double relative_sum = 0;
-    int64_t first = 0;
-    for (std::size_t group = 0; group < rows_per_group.size(); ++group) {
-      const int64_t rows = rows_per_group[group];
-      if (rows == 0) continue;
-      std::uint8_t* body = out + ParcelHeader::kBytes;
+    double relative_sum = 0, largest = 0;
+    const auto fill = [&](int64_t first, int64_t rows, std::uint8_t* body) {
       if (rounds_) {
         for (int64_t i = 0; i < rows; ++i) {
           const auto* x = static_cast<const float*>(source.data) + source.row(first + i) * hidden;
@@ -61,7 +44,7 @@ class RawCodec final : public Codec {
           kernels::convert(y, x, hidden);
           const double relative = rounding_error(x, y, hidden);
           relative_sum += relative;
-          stats.max_relative_error = std::max(stats.max_relative_error, relative);
+          largest = std::max(largest, relative);
         }
       } else if (source.index != nullptr) {
         kernels::gather_rows(body, source.data, source.index + first, rows, row_bytes);
@@ -71,20 +54,10 @@ class RawCodec final : public Codec {
                                  static_cast<std::size_t>(first) * row_bytes,
                              nullptr, rows, row_bytes);
       }
-      ParcelHeader header;
-      header.kind = parcel_kind();
-      header.dtype = context().dtype;
-      header.rows = static_cast<std::uint32_t>(rows);
-      header.hidden_size = static_cast<std::uint32_t>(hidden);
-      header.body_bytes = static_cast<std::uint64_t>(rows) * row_bytes;
-      const auto bytes = static_cast<std::size_t>(encoded.bytes_per_group[group]);
-      seal_parcel(header, {out, bytes});
-      out += bytes;
-      first += rows;
-    }
-    stats.rows = source.rows;
-    stats.raw_bytes = 2 * source.rows * hidden;
-    stats.sent_bytes = size;
+    };
+    Encoded encoded = encode_fixed_rows(context(), parcel_kind(), row_bytes, rows_per_group, fill);
+    CodecStats& stats = encoded.stats;
+    stats.max_relative_error = largest;
     stats.whole_rows = rounds_ ? 0 : source.rows;
     if (source.rows > 0)
       stats.mean_relative_error = relative_sum / static_cast<double>(source.rows);
@@ -95,11 +68,7 @@ class RawCodec final : public Codec {
     const int64_t hidden = context().hidden_size;
     const std::size_t row_bytes = element_bytes_ * static_cast<std::size_t>(hidden);
     const auto rows = static_cast<int64_t>(parcel.header.rows);
-    LSHMOE_VALIDATE(parcel.header.flags == 0 && parcel.header.centroids == 0 &&
-                        parcel.shared.empty() &&
-                        parcel.body.size() == static_cast<std::size_t>(rows) * row_bytes,
-                    "decode: a parcel of ", rows, " rows has ", parcel.body.size(),
-                    " bytes of them, expected ", static_cast<std::size_t>(rows) * row_bytes);
+    check_fixed_rows(parcel, row_bytes);
     if (rounds_) {
       for (int64_t i = 0; i < rows; ++i) {
         // The parcel may start at any byte: no typed load may assume alignment.

@@ -46,6 +46,15 @@ RowCoder<T>::RowCoder(std::int64_t hidden, StepCode steps, std::size_t id_bytes)
       index_(static_cast<std::size_t>(layout_.bands) + 1) {}
 
 template <class T>
+void RowCoder<T>::set_noise(kernels::NoiseKey key) {
+  offset_.resize(q_.size());
+  for (std::size_t j = 0; j < offset_.size(); ++j) {
+    const std::uint32_t random = kernels::noise(key, static_cast<std::uint32_t>(j));
+    offset_[j] = static_cast<float>(static_cast<std::int32_t>(random >> 8)) * 0x1p-24F - 0.5F;
+  }
+}
+
+template <class T>
 void RowCoder<T>::write_record(std::uint8_t* record, std::uint16_t step, std::uint32_t id) const {
   std::memcpy(record, &step, layout_.step_bytes);
   std::memcpy(record + layout_.step_bytes, &id, layout_.id_bytes);
@@ -104,7 +113,9 @@ std::size_t RowCoder<T>::encode(std::uint8_t* record, std::uint8_t* payload, con
   const double allowed = bound * (1 - 1e-12);
   for (std::int64_t j = 0; j < hidden; ++j) residual_[j] = x[j] - base[j];
   const double left = std::sqrt(kernels::squared_norm(residual_.data(), hidden));
-  if (left <= bound) {
+  const float* offset = offset_.empty() ? nullptr : offset_.data();
+  // With noise even a small residual counts, or the rows' mean would not be kept.
+  if (left <= bound && offset == nullptr) {
     // What the receiver has already is near enough: any step does.
     const std::uint16_t code = steps_.bytes() == 1 ? 0 : kernels::step_code(1.0F);
     std::fill(q_.begin(), q_.end(), 0);
@@ -117,12 +128,12 @@ std::size_t RowCoder<T>::encode(std::uint8_t* record, std::uint8_t* payload, con
   }
   // Rounding (adding the base back, the cast to T) may break a bound that the estimate kept:
   // smaller steps are tried, further and further down, then the row goes whole.
-  std::uint16_t code = bound > 0
-                           ? steps_.below(kernels::search_step(residual_.data(), hidden, bound))
-                           : steps_.zero_row();
+  std::uint16_t code =
+      bound > 0 ? steps_.below(kernels::search_step(residual_.data(), hidden, bound, offset))
+                : steps_.zero_row();
   for (int attempt = 0; attempt < 6 && steps_.is_step(code); ++attempt) {
     const float step = steps_.value(code);
-    if (!kernels::quantize(q_.data(), residual_.data(), hidden, step)) break;
+    if (!kernels::quantize(q_.data(), residual_.data(), hidden, step, offset)) break;
     *error = std::sqrt(kernels::reconstruction_error<Received>(x, base, q_.data(), hidden, step));
     if (*error <= allowed) {
       const std::int64_t bits = kernels::choose_alphabets(index_.data(), q_.data(), hidden);

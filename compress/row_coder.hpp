@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "lshmoe/kernels/bands.hpp"
+#include "lshmoe/kernels/formats.hpp"
 #include "lshmoe/kernels/quantize.hpp"
 
 namespace lshmoe {
@@ -65,6 +66,9 @@ class RowCoder {
 
   [[nodiscard]] const RowLayout& layout() const { return layout_; }
 
+  /// The next rows are rounded stochastically, with this key's noise.
+  void set_noise(kernels::NoiseKey key);
+
   /// Writes the row's record and its payload (room: max_payload()), and returns the payload's
   /// bytes. x, base [hidden] in coding order: the row, and what the receiver adds (zeros for
   /// nothing). natural [hidden]: the row in the order in which it travels when it travels whole.
@@ -102,6 +106,7 @@ class RowCoder {
   RowLayout layout_;
   StepCode steps_;
   std::vector<float> residual_;
+  std::vector<float> offset_;  // empty: rounded to nearest
   std::vector<std::int32_t> q_, ordered_;
   std::vector<std::uint8_t> index_;
   std::vector<std::uint8_t> padded_;

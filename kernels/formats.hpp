@@ -17,6 +17,18 @@ namespace lshmoe::kernels {
 /// Elements that share a scale (fp8, int4), and that are rotated together (int4).
 inline constexpr std::int64_t kFormatBlock = 128;
 
+// Integers --------------------------------------------------------------------------------------
+
+/// Nearest integer, ties to even; or stochastic: up with the probability of the part cut off (to
+/// 2^-24 of the value). random: 32 bits. |value| < 2^22.
+template <bool kStochastic>
+LSHMOE_HOST_DEVICE inline float round_value(float value, std::uint32_t random) {
+  if (!kStochastic) return std::nearbyint(value);
+  // Uniform in -0.5 .. 0.5, both excluded, then nearest.
+  const auto centred = static_cast<std::int32_t>(random >> 8) - 0x800000;
+  return std::nearbyint(value + (static_cast<float>(centred) + 0.5F) * 0x1p-24F);
+}
+
 // e4m3 of the OCP 8-bit floating point specification: no infinities, NaN is 0x7F ----------------
 
 inline constexpr float kE4m3Max = 448.0F;
@@ -34,38 +46,21 @@ LSHMOE_HOST_DEVICE inline std::uint32_t to_e4m3(float value, std::uint32_t rando
   const std::uint32_t normal = ((size + add) >> 20) - (120u << 3);
   // Below the normal numbers: multiples of 2^-9.
   const float units = float_from_bits(size) * 0x1p+9F;
-  float whole;
-  if (kStochastic) {
-    whole = std::floor(units);
-    whole += static_cast<float>(random >> 12) * 0x1p-20F < units - whole ? 1.0F : 0.0F;
-  } else {
-    whole = (units + 0x1p+23F) - 0x1p+23F;
-  }
+  const float whole = round_value<kStochastic>(units, random);
   // Clamped: the cast of what is not chosen must be defined too.
-  const auto small = static_cast<std::uint32_t>(static_cast<std::int32_t>(
-      whole < 8.0F ? whole : 8.0F));
+  const auto small =
+      static_cast<std::uint32_t>(static_cast<std::int32_t>(whole < 8.0F ? whole : 8.0F));
   const std::uint32_t code = size < float_bits(kE4m3MinNormal) ? small : normal;
   return code | ((bits >> 24) & 0x80u);
 }
 /// Of a code that is not NaN.
 LSHMOE_HOST_DEVICE inline float e4m3_value(std::uint32_t code) {
   const std::uint32_t size = code & 0x7Fu;
-  const float small = static_cast<float>(static_cast<std::int32_t>(size)) * 0x1p-9F;
-  const float normal = float_from_bits((size << 20) + (120u << 23));
-  const std::uint32_t bits = float_bits(size < 8u ? small : normal);
-  return float_from_bits(bits | ((code & 0x80u) << 24));
-}
-
-// Integers --------------------------------------------------------------------------------------
-
-/// Nearest integer, ties to even; or stochastic: up with the probability of the part cut off.
-/// random: 32 bits. |value| < 2^22.
-template <bool kStochastic>
-LSHMOE_HOST_DEVICE inline float round_value(float value, std::uint32_t random) {
-  if (!kStochastic) return std::nearbyint(value);
-  const float below = std::floor(value);
-  const float chance = static_cast<float>(static_cast<std::int32_t>(random >> 8)) * 0x1p-24F;
-  return below + (chance < value - below ? 1.0F : 0.0F);
+  // Below the normal numbers: 2^-6 (1 + m / 8) - 2^-6. Without a branch, for the vectoriser.
+  const std::uint32_t small = (size - 8u) >> 31;
+  const float value = float_from_bits((size << 20) + ((120u + small) << 23)) -
+                      float_from_bits((0u - small) & float_bits(kE4m3MinNormal));
+  return float_from_bits(float_bits(value) | ((code & 0x80u) << 24));
 }
 
 /// Noise of stochastic rounding: 32 bits of (key, element) alone.

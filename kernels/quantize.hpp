@@ -46,10 +46,14 @@ LSHMOE_HOST_DEVICE inline bool is_step_code(std::uint16_t code) {
 [[nodiscard]] double squared_norm(const float* x, std::int64_t count);
 
 /// Estimate of sum (r - round(r / step) step)^2 / step^2, in fp32.
-[[nodiscard]] float rounding_error(const float* r, std::int64_t count, float step);
+/// offset, in all three: null, or [count] within -0.5 .. 0.5, added to r / step before it is
+/// rounded; evenly spread offsets make stochastic rounding.
+[[nodiscard]] float rounding_error(const float* r, std::int64_t count, float step,
+                                   const float* offset = nullptr);
 
 /// q = round(r / step), ties to even. Returns false, q unspecified, when some |q| > kMaxQuantised.
-[[nodiscard]] bool quantize(std::int32_t* q, const float* r, std::int64_t count, float step);
+[[nodiscard]] bool quantize(std::int32_t* q, const float* r, std::int64_t count, float step,
+                            const float* offset = nullptr);
 
 /// sum (x - reconstruct<T>(base, q, step))^2 in double: the error the receiver will really see.
 template <class T>
@@ -58,6 +62,7 @@ template <class T>
 
 /// Largest step found with an estimated error of at most `bound`, in a bounded number of tries;
 /// starts from the step whose error would be `bound` for values uniform in their cells.
-[[nodiscard]] float search_step(const float* r, std::int64_t count, double bound);
+[[nodiscard]] float search_step(const float* r, std::int64_t count, double bound,
+                                const float* offset = nullptr);
 
 }  // namespace lshmoe::kernels

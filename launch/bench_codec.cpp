@@ -5,38 +5,177 @@
 #include <algorithm>
 #include <boost/program_options.hpp>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
+#include <filesystem>
+#include <fstream>
 #include <limits>
+#include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "lshmoe/comm/self/self.hpp"
 #include "lshmoe/compress/codec.hpp"
+#include "lshmoe/launch/bench_formats.hpp"
 #include "lshmoe/launch/npy.hpp"
+#include "lshmoe/launch/plot.hpp"
 #include "lshmoe/runtime/error.hpp"
 #include "lshmoe/runtime/options.hpp"
 
 namespace lshmoe::launch {
 namespace {
 namespace po = boost::program_options;
+using std::string;
+
+constexpr const char* kSynthetic = "synthetic";
+constexpr double kBf16Bits = 16;
 
 struct BenchOptions {
-  std::string input, dtype;
-  int64_t first_row = 0, fit_rows = 0, gaussian_rows = 0, hidden_size = 0, group_rows = 0,
+  string input, dtype, json, plot;
+  int64_t first_row = 0, fit_rows = 0, synthetic_rows = 0, hidden_size = 0, group_rows = 0,
           repeat = 0;
+  // Every combination that makes sense is one row of the table.
+  std::vector<string> kinds, states, restores, references, transforms;
+  std::vector<double> max_errors, rates;
+  std::vector<int64_t> codebook_sizes, max_clusters;
+};
+
+/// One row of the table. Settings that its kind does not have stay empty.
+struct Case {
+  string kind;
+  CodecOptions codec;  // of a library's kind
+  std::optional<string> state, restore, reference, transform;
+  std::optional<double> max_error, rate;
+  std::optional<int64_t> codebook_size, max_clusters;
+
+  [[nodiscard]] bool is_library() const {
+    const auto& others = bench_format_names();
+    return std::find(others.begin(), others.end(), kind) == others.end();
+  }
+  /// What sets it apart from the others of the table, but for its error bound or rate.
+  [[nodiscard]] string name() const {
+    string text = kind;
+    for (const auto& part : {restore == "source" ? restore : std::nullopt, state, transform}) {
+      if (part) text += " " + *part;
+    }
+    if (codebook_size) text += " K" + std::to_string(*codebook_size);
+    if (max_clusters) text += " C" + std::to_string(*max_clusters);
+    if (reference == "group") text += " group";
+    return text;
+  }
+};
+
+struct Result {
+  int64_t bytes = 0, clusters = 0, state_bytes = 0;
+  double mean_error = 0, p99_error = 0, max_error_seen = 0;
+  // Of all rows; not known for what only makes a round trip.
+  std::optional<double> encode_seconds, decode_seconds;
+};
+
+/// The rows measured and those a state is fitted to.
+struct Rows {
+  at::Tensor fit, x;
+  std::vector<int64_t> groups;
 };
 
 at::Tensor load_rows(const BenchOptions& o) {
-  if (o.input.empty()) {
-    LSHMOE_VALIDATE(o.gaussian_rows >= 1 && o.hidden_size >= 1, "--gaussian-rows ", o.gaussian_rows,
-                    " and --hidden-size ", o.hidden_size, " must be 1 or more");
-    torch::manual_seed(0);
-    return torch::randn({o.gaussian_rows, o.hidden_size});
+  if (o.input == kSynthetic) {
+    LSHMOE_VALIDATE(o.synthetic_rows >= 1 && o.hidden_size >= 1, "--synthetic-rows ",
+                    o.synthetic_rows, " and --hidden-size ", o.hidden_size, " must be 1 or more");
+    at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(0);
+    return at::randn({o.synthetic_rows, o.hidden_size}, generator);
   }
   const at::Tensor rows = read_npy(o.input);
   LSHMOE_VALIDATE(o.first_row >= 0 && o.first_row < rows.size(0), "--first-row ", o.first_row,
                   " is not one of the ", rows.size(0), " rows of '", o.input, "'");
   return rows.slice(0, o.first_row);
+}
+
+Rows split_rows(const BenchOptions& o) {
+  at::Tensor all = load_rows(o);
+  if (o.dtype == "fp32" || (o.dtype == "as input" && all.scalar_type() == at::kHalf)) {
+    all = all.to(at::kFloat);
+  } else if (o.dtype == "bf16") {
+    all = all.to(at::kBFloat16);
+  }
+  LSHMOE_VALIDATE(o.fit_rows >= 0 && o.fit_rows < all.size(0), "--fit-rows ", o.fit_rows, " of ",
+                  all.size(0),
+                  " rows leaves none to measure (what is measured is the rest): give "
+                  "fewer");
+  Rows rows{all.slice(0, 0, o.fit_rows), all.slice(0, o.fit_rows), {}};
+  for (int64_t left = rows.x.size(0); left > 0; left -= o.group_rows) {
+    rows.groups.push_back(std::min(left, o.group_rows));
+  }
+  return rows;
+}
+
+std::vector<Case> make_cases(const BenchOptions& o) {
+  std::vector<Case> cases;
+  const auto add_lsh = [&](const string& restore, const string& state, const string& reference,
+                           const string& transform, double max_error, int64_t codebook_size,
+                           int64_t max_clusters) {
+    Case c;
+    c.kind = "lsh";
+    c.restore = restore;
+    const bool source = restore == "source", whole = !source && max_error == 0;
+    const bool learned = !source && !whole && state == "learned";
+    if (!source) c.max_error = max_error;
+    if (!source && !whole) {
+      c.state = state;
+      c.reference = reference;
+      c.transform = transform;
+    }
+    if (learned) {
+      c.codebook_size = codebook_size;
+    } else if (!whole) {
+      c.max_clusters = max_clusters;
+    }
+    if (transform == "basis" && !learned) return;  // a parcel cannot carry a basis
+    c.codec.kind("lsh").restore(restore).max_clusters(max_clusters).sample_rows(o.fit_rows);
+    if (c.max_error) c.codec.max_error(*c.max_error);
+    if (c.reference) c.codec.error_reference(*c.reference);
+    if (learned) c.codec.state(state).transform(transform).codebook_size(codebook_size);
+    const auto same = [&](const Case& other) {
+      return other.name() == c.name() && other.max_error == c.max_error;
+    };
+    if (std::none_of(cases.begin(), cases.end(), same)) cases.push_back(std::move(c));
+  };
+  for (const string& kind : o.kinds) {
+    if (kind == "lsh") {
+      for (const auto& restore : o.restores)
+        for (const auto& state : o.states)
+          for (const auto& transform : o.transforms)
+            for (const auto codebook_size : o.codebook_sizes)
+              for (const auto max_clusters : o.max_clusters)
+                for (const auto& reference : o.references)
+                  for (const auto max_error : o.max_errors)
+                    add_lsh(restore, state, reference, transform, max_error, codebook_size,
+                            max_clusters);
+      continue;
+    }
+    Case c;
+    c.kind = kind;
+    if (c.is_library()) c.codec.kind(kind);
+    if (!has_rate(kind)) {
+      cases.push_back(std::move(c));
+      continue;
+    }
+    for (const double rate : o.rates) {
+      c.rate = rate;
+      cases.push_back(c);
+    }
+  }
+  for (const Case& c : cases) {
+    if (c.is_library()) validate(c.codec);
+    LSHMOE_VALIDATE(c.state != "learned" || o.fit_rows > 0,
+                    "state learned needs --fit-rows (it is fitted to the first rows and measured "
+                    "on the rest)");
+  }
+  LSHMOE_VALIDATE(!cases.empty(),
+                  "no combination of these options makes sense (transform basis "
+                  "needs --state learned): give others");
+  return cases;
 }
 
 /// Runs `part` and returns its seconds.
@@ -53,118 +192,270 @@ double median(std::vector<double> values) {
   return *middle;
 }
 
-}  // namespace
-
-void bench_codec(int argc, const char* const* argv) {
-  CodecOptions codec;
-  BenchOptions o;
-  OptionParser parser("lshmoe-bench codec",
-                      "Bits, errors and speed of a codec on the rows of a file, one thread.");
-  parser.group("Rows").add_options()("input", po::value(&o.input)->value_name("FILE.npy"),
-                                     "a 2-D array of float16 or float32; default: Gaussian rows")(
-      "first-row", po::value(&o.first_row)->default_value(0), "first row of the file to use")(
-      "fit-rows", po::value(&o.fit_rows)->default_value(0),
-      "state=learned: rows from --first-row on that the state is fitted to, and that are not "
-      "measured")("gaussian-rows", po::value(&o.gaussian_rows)->default_value(4096),
-                  "rows without --input")(
-      "hidden-size", po::value(&o.hidden_size)->default_value(384), "their length")(
-      "group-rows", po::value(&o.group_rows)->default_value(1024),
-      "rows of a group: what one rank sends another")(
-      "dtype", po::value(&o.dtype)->default_value("fp32"), "of the rows: fp32 or bf16")(
-      "repeat", po::value(&o.repeat)->default_value(5), "timed repetitions; medians count");
-  parser.group("Codec").add_options()("kind", po::value(&codec.kind())->default_value(codec.kind()),
-                                      "none, bf16 or lsh")(
-      "restore", po::value(&codec.restore())->default_value(codec.restore()), "expert or source")(
-      "max-error", po::value(&codec.max_error())->default_value(codec.max_error(), "0.1"),
-      "bound of every row")(
-      "error-reference", po::value(&codec.error_reference())->default_value("row"), "row or group")(
-      "hashes", po::value(&codec.hashes())->default_value(codec.hashes()), "hashes of a row")(
-      "hash-dim", po::value(&codec.hash_dim())->default_value(codec.hash_dim()),
-      "dimension of each")("refine", po::value(&codec.refine())->default_value(codec.refine()),
-                           "nearest-centroid passes")(
-      "state", po::value(&codec.state())->default_value(codec.state()), "batch or learned")(
-      "codebook-size", po::value(&codec.codebook_size())->default_value(codec.codebook_size()),
-      "learned: centroids at most")("transform",
-                                    po::value(&codec.transform())->default_value(codec.transform()),
-                                    "channels, or basis (learned)")(
-      "max-clusters", po::value(&codec.max_clusters())->default_value(codec.max_clusters()),
-      "clusters of a group at most; 0: none");
-  if (!parser.parse(argc, argv)) return;
-  LSHMOE_VALIDATE(o.dtype == "fp32" || o.dtype == "bf16", "unknown dtype '", o.dtype,
-                  "': use --dtype fp32 or bf16");
-  LSHMOE_VALIDATE(o.group_rows >= 1 && o.repeat >= 1, "--group-rows ", o.group_rows,
-                  " and --repeat ", o.repeat, " must be 1 or more");
-  at::set_num_threads(1);
-
-  const at::Tensor all = load_rows(o).to(o.dtype == "fp32" ? at::kFloat : at::kBFloat16);
-  LSHMOE_VALIDATE(o.fit_rows >= 0 && o.fit_rows < all.size(0) &&
-                      (o.fit_rows > 0) == (codec.state() == "learned"),
-                  "--fit-rows ", o.fit_rows, " of ", all.size(0), " rows with state ",
-                  codec.state(),
-                  " (a learned state is fitted to some rows and measured on the "
-                  "rest): give both or none");
-  CodecContext context;
-  context.hidden_size = all.size(1);
-  context.dtype = all.scalar_type();
-  const auto made = make_codec(codec.sample_rows(o.fit_rows), context);
-  made->observe(all.slice(0, 0, o.fit_rows), {});
-  const auto alone = make_self_communicator();
-  made->refresh(*alone);
-  const at::Tensor x = all.slice(0, o.fit_rows);
-  std::vector<int64_t> groups;
-  for (int64_t left = x.size(0); left > 0; left -= o.group_rows) {
-    groups.push_back(std::min(left, o.group_rows));
+/// Errors of the rows received, relative to each row's norm or to the rms norm of its group.
+void set_errors(Result& result, const Rows& rows, const at::Tensor& received, bool by_group) {
+  const at::Tensor exact = rows.x.to(at::kDouble);
+  const at::Tensor error = at::linalg_vector_norm(received.to(at::kDouble) - exact, 2, {1});
+  at::Tensor reference = at::linalg_vector_norm(exact, 2, {1});
+  if (by_group) {
+    std::vector<at::Tensor> groups;
+    for (const at::Tensor& norms : reference.split_with_sizes(rows.groups)) {
+      groups.push_back(norms.square().mean().sqrt().expand_as(norms));
+    }
+    reference = at::cat(groups);
   }
+  const at::Tensor relative =
+      std::get<0>((error / reference.clamp_min(std::numeric_limits<double>::min())).sort());
+  result.mean_error = relative.mean().item<double>();
+  result.max_error_seen = relative[-1].item<double>();
+  const auto last = static_cast<double>(relative.size(0) - 1);
+  result.p99_error = relative[std::llround(0.99 * last)].item<double>();
+}
 
+Result measure_codec(const Case& c, const Rows& rows, int64_t repeat) {
+  CodecContext context;
+  context.hidden_size = rows.x.size(1);
+  context.dtype = rows.x.scalar_type();
+  const auto codec = make_codec(c.codec, context);
+  codec->observe(rows.fit, {});
+  codec->refresh(*make_self_communicator());
   Encoded encoded;
   Decoded decoded;
   std::vector<double> encode_seconds, decode_seconds;
-  for (int64_t i = -1; i < o.repeat; ++i) {  // the first one warms up
-    const double encoding = time([&] { encoded = made->encode(x, groups); });
+  for (int64_t i = -1; i < repeat; ++i) {  // the first one warms up
+    const double encoding = time([&] { encoded = codec->encode(rows.x, rows.groups); });
     const double decoding =
-        time([&] { decoded = made->decode(encoded.bytes, encoded.bytes_per_group); });
+        time([&] { decoded = codec->decode(encoded.bytes, encoded.bytes_per_group); });
     if (i < 0) continue;
     encode_seconds.push_back(encoding);
     decode_seconds.push_back(decoding);
   }
+  Result result;
+  result.bytes = encoded.bytes.numel();
+  result.clusters = encoded.stats.clusters;
+  result.state_bytes = codec->state_stats().state_bytes;
+  result.encode_seconds = median(encode_seconds);
+  result.decode_seconds = median(decode_seconds);
+  // restore=source: what arrives are centroids, and a row is taken for its own.
+  const at::Tensor received =
+      c.restore == "source" ? decoded.rows.index_select(0, encoded.assignment) : decoded.rows;
+  set_errors(result, rows, received, c.reference == "group");
+  return result;
+}
 
-  const CodecStats& stats = encoded.stats;
-  const auto bits = 8.0 * static_cast<double>(stats.sent_bytes) / static_cast<double>(x.numel());
+Result measure_format(const Case& c, const Rows& rows) {
+  Result result;
+  std::vector<at::Tensor> received;
+  for (const at::Tensor& group : rows.x.split_with_sizes(rows.groups)) {
+    const RoundTrip trip = round_trip(c.kind, group, c.rate.value_or(0));
+    received.push_back(trip.rows);
+    result.bytes += trip.bytes + static_cast<int64_t>(ParcelHeader::kBytes);
+    result.clusters += trip.clusters;
+  }
+  set_errors(result, rows, at::cat(received), false);
+  return result;
+}
+
+double bits_of(const Result& result, const Rows& rows) {
+  return 8.0 * static_cast<double>(result.bytes) / static_cast<double>(rows.x.numel());
+}
+std::optional<double> seconds_of(const Result& result) {
+  if (!result.encode_seconds) return std::nullopt;
+  return *result.encode_seconds + *result.decode_seconds;
+}
+
+/// Bandwidth of a link in Gbit/s below which sending the saved bits takes longer than coding. 0:
+/// nothing is saved; nothing: it takes no time more, or the time is not known.
+std::optional<double> break_even(const Rows& rows, double bits_saved,
+                                 std::optional<double> seconds) {
+  if (!seconds) return std::nullopt;
+  if (bits_saved <= 0) return 0.0;
+  if (*seconds <= 0) return std::nullopt;
+  return 1e-9 * bits_saved * static_cast<double>(rows.x.numel()) / *seconds;
+}
+
+template <class T>
+nlohmann::ordered_json or_null(const std::optional<T>& value) {
+  return value ? nlohmann::ordered_json(*value) : nlohmann::ordered_json(nullptr);
+}
+
+struct Line {
+  nlohmann::ordered_json json;
+  PlotPoint point;
+};
+
+Line report(const Case& c, const Result& result, const Rows& rows, const Result& fp8) {
+  const double bits = bits_of(result, rows);
+  const double megabytes = 1e-6 * static_cast<double>(rows.x.nbytes());
+  const auto speed = [&](const std::optional<double>& seconds) {
+    return seconds ? std::optional(megabytes / *seconds) : std::nullopt;
+  };
+  const auto seconds = seconds_of(result);
+  const auto even_bf16 = break_even(rows, kBf16Bits - bits, seconds);
+  const auto even_fp8 =
+      break_even(rows, bits_of(fp8, rows) - bits,
+                 seconds ? std::optional(*seconds - *seconds_of(fp8)) : std::nullopt);
+  Line line;
+  line.point = {bits, result.mean_error};
+  nlohmann::ordered_json& json = line.json;
+  json["kind"] = c.kind;
+  json["state"] = or_null(c.state);
+  json["restore"] = or_null(c.restore);
+  json["max_error"] = or_null(c.max_error);
+  json["rows"] = rows.x.size(0);
+  json["hidden"] = rows.x.size(1);
+  json["bits_per_element"] = bits;
+  json["mean_error"] = result.mean_error;
+  json["p99_error"] = result.p99_error;
+  json["max_error_seen"] = result.max_error_seen;
+  json["encode_mb_s"] = or_null(speed(result.encode_seconds));
+  json["decode_mb_s"] = or_null(speed(result.decode_seconds));
+  json["error_reference"] = or_null(c.reference);
+  json["break_even_gbit_s_bf16"] = or_null(even_bf16);
+  json["break_even_gbit_s_fp8"] = or_null(even_fp8);
+  json["transform"] = or_null(c.transform);
+  json["codebook_size"] = or_null(c.codebook_size);
+  json["state_bytes"] = result.state_bytes;
+  // Rows after which the state is a hundredth of the bytes.
+  json["rows_to_amortise_1pct"] =
+      std::ceil(100.0 * static_cast<double>(result.state_bytes) /
+                (static_cast<double>(result.bytes) / static_cast<double>(rows.x.size(0))));
+  json["clusters"] = result.clusters;
+
+  const auto number = [](const std::optional<double>& value, const char* format) {
+    char text[32] = "-";
+    if (value) std::snprintf(text, sizeof text, format, *value);
+    return string(text);
+  };
+  const auto fp8_text = seconds && !even_fp8 ? string("any") : number(even_fp8, "%.1f");
+  std::printf("%-34s %6s %8.3f %8.4f %8.4f %8.4f %8s %8s %8s %8s %8lld %9lld\n", c.name().c_str(),
+              number(c.rate ? c.rate : c.max_error, "%g").c_str(), bits, result.mean_error,
+              result.p99_error, result.max_error_seen,
+              number(speed(result.encode_seconds), "%.0f").c_str(),
+              number(speed(result.decode_seconds), "%.0f").c_str(),
+              number(even_bf16, "%.1f").c_str(), fp8_text.c_str(),
+              static_cast<long long>(result.clusters), static_cast<long long>(result.state_bytes));
+  std::fflush(stdout);
+  return line;
+}
+
+void write_file(const string& path, const string& text) {
+  std::ofstream file(path, std::ios::binary);
+  file << text;
+  file.close();
+  LSHMOE_VALIDATE(file.good(), "cannot write the file '", path,
+                  "': check the path, its permissions and the space left");
+}
+
+template <class T>
+po::typed_value<std::vector<T>>* list(std::vector<T>& variable, const std::vector<T>& defaults,
+                                      const string& text) {
+  return po::value(&variable)->default_value(defaults, text)->multitoken()->composing();
+}
+
+void add_options(OptionParser& parser, BenchOptions& o) {
+  parser.group("Rows").add_options()(
+      "input", po::value(&o.input)->value_name("FILE.npy")->default_value(kSynthetic),
+      "a 2-D array of float16, float32 or bfloat16; or synthetic: Gaussian rows")(
+      "first-row", po::value(&o.first_row)->default_value(0), "first row of the file to use")(
+      "fit-rows", po::value(&o.fit_rows)->default_value(0),
+      "rows from --first-row on that a learned state is fitted to; the rest is measured")(
+      "synthetic-rows", po::value(&o.synthetic_rows)->default_value(4096), "rows of synthetic")(
+      "hidden-size", po::value(&o.hidden_size)->default_value(384), "their length")(
+      "group-rows", po::value(&o.group_rows)->default_value(1024),
+      "rows of a group: what one rank sends another")(
+      "dtype", po::value(&o.dtype)->default_value("as input"),
+      "what the rows become: fp32 or bf16; float16 becomes fp32 by itself")(
+      "repeat", po::value(&o.repeat)->default_value(5), "timed repetitions; medians count");
+  parser.group("Codecs (every list is repeatable; each combination that makes sense is measured)")
+      .add_options()(
+          "kind",
+          list<string>(o.kinds, {"bf16", "fp8", "int8", "int4", "lsh"}, "bf16 fp8 int8 int4 lsh"),
+          "none, bf16, fp8, int8, int4, lsh; to compare with: mxfp4, nvfp4, rcmoe8, "
+          "rcmoe4, drop, kmeans; or all")("state", list<string>(o.states, {"batch"}, "batch"),
+                                          "lsh: batch or learned")(
+          "restore", list<string>(o.restores, {"expert"}, "expert"), "lsh: expert or source")(
+          "max-error", list<double>(o.max_errors, {0.1}, "0.1"), "lsh: bound of every row")(
+          "error-reference", list<string>(o.references, {"row"}, "row"), "lsh: row or group")(
+          "transform", list<string>(o.transforms, {"channels"}, "channels"),
+          "lsh: channels, or basis (learned)")("codebook-size",
+                                               list<int64_t>(o.codebook_sizes, {1024}, "1024"),
+                                               "lsh, learned: centroids at most")(
+          "max-clusters", list<int64_t>(o.max_clusters, {128}, "128"),
+          "lsh, batch and source: clusters of a group at most; 0: none")(
+          "rate", list<double>(o.rates, {0.2}, "0.2"),
+          "drop, kmeans: share of the rows, or centroids a row");
+  parser.group("Output").add_options()("json", po::value(&o.json)->value_name("FILE"),
+                                       "one object a line for each row of the table")(
+      "plot", po::value(&o.plot)->value_name("FILE.svg"),
+      "a picture: bits per element against mean relative error");
+}
+
+void check(BenchOptions& o) {
+  LSHMOE_VALIDATE(o.dtype == "as input" || o.dtype == "fp32" || o.dtype == "bf16",
+                  "unknown dtype '", o.dtype, "': use --dtype fp32 or bf16");
+  LSHMOE_VALIDATE(o.group_rows >= 1 && o.repeat >= 1, "--group-rows ", o.group_rows,
+                  " and --repeat ", o.repeat, " must be 1 or more");
+  LSHMOE_VALIDATE(o.plot.empty() || o.plot.ends_with(".svg"), "--plot '", o.plot,
+                  "' does not end in .svg (no other picture is written): name it so");
+  for (const double rate : o.rates) {
+    LSHMOE_VALIDATE(rate > 0 && rate <= 1, "--rate ", rate, " must be above 0 and at most 1");
+  }
+  const std::vector<string> own{"none", "bf16", "fp8", "int8", "int4", "lsh"};
+  const std::vector<string>& others = bench_format_names();
+  if (std::find(o.kinds.begin(), o.kinds.end(), "all") != o.kinds.end()) {
+    o.kinds = own;
+    o.kinds.insert(o.kinds.end(), others.begin(), others.end());
+  }
+}
+
+}  // namespace
+
+void bench_codec(int argc, const char* const* argv) {
+  BenchOptions o;
+  OptionParser parser("lshmoe-bench codec",
+                      "Bits, errors and speed of codecs on the rows of a file, one thread.");
+  add_options(parser, o);
+  if (!parser.parse(argc, argv)) return;
+  check(o);
+  const std::vector<Case> cases = make_cases(o);
+  at::set_num_threads(1);
+  const Rows rows = split_rows(o);
+
   std::printf(
-      "rows %lld x %lld %s, groups of %lld: %lld bytes, %.3f bits/element, %.1f %% of bf16\n",
-      static_cast<long long>(stats.rows), static_cast<long long>(context.hidden_size),
-      o.dtype.c_str(), static_cast<long long>(o.group_rows),
-      static_cast<long long>(stats.sent_bytes), bits, 100.0 * bits / 16.0);
-  // What came out, not what the encoder says: the errors of the decoded rows.
-  if (decoded.rows.size(0) == x.size(0)) {
-    const at::Tensor exact = x.to(at::kDouble);
-    const at::Tensor error = at::linalg_vector_norm(decoded.rows.to(at::kDouble) - exact, 2, {1});
-    const at::Tensor norm =
-        at::linalg_vector_norm(exact, 2, {1}).clamp_min(std::numeric_limits<double>::min());
-    const at::Tensor relative = error / norm;
-    std::printf("relative error mean %.5f, max %.5f; largest share of a row's bound %.5f\n",
-                relative.mean().item<double>(), relative.max().item<double>(),
-                stats.max_error_ratio);
-  } else {
-    std::printf("relative error to the centroid mean %.5f, max %.5f (restore=source)\n",
-                stats.mean_relative_error, stats.max_relative_error);
+      "%s: %lld rows x %lld, %s, groups of %lld; fitted to %lld rows before them\n"
+      "errors relative to the row's norm (group: to the group's rms norm); MB/s of these "
+      "rows; Gbit/s of a link below which coding pays, against bf16 and fp8\n\n",
+      o.input.c_str(), static_cast<long long>(rows.x.size(0)),
+      static_cast<long long>(rows.x.size(1)), rows.x.scalar_type() == at::kFloat ? "fp32" : "bf16",
+      static_cast<long long>(o.group_rows), static_cast<long long>(rows.fit.size(0)));
+  std::printf("%-34s %6s %8s %8s %8s %8s %8s %8s %8s %8s %8s %9s\n", "codec", "bound", "bits/el",
+              "mean", "p99", "max", "enc MB/s", "dec MB/s", "Gb/s b16", "Gb/s fp8", "clusters",
+              "state B");
+
+  Case fp8;
+  fp8.kind = "fp8";
+  fp8.codec.kind("fp8");
+  const Result fp8_result = measure_codec(fp8, rows, o.repeat);
+  string json;
+  std::vector<PlotSeries> series;
+  for (const Case& c : cases) {
+    const Result result = c.kind == "fp8"  ? fp8_result
+                          : c.is_library() ? measure_codec(c, rows, o.repeat)
+                                           : measure_format(c, rows);
+    const Line line = report(c, result, rows, fp8_result);
+    json += line.json.dump() + "\n";
+    const string name = c.name();
+    auto at = std::find_if(series.begin(), series.end(),
+                           [&](const PlotSeries& one) { return one.name == name; });
+    if (at == series.end()) at = series.insert(at, {name, {}});
+    at->points.push_back(line.point);
   }
-  std::printf("clusters %lld (%.1f a group), whole rows %lld\n",
-              static_cast<long long>(stats.clusters),
-              static_cast<double>(stats.clusters) / static_cast<double>(groups.size()),
-              static_cast<long long>(stats.whole_rows));
-  const StateStats state = made->state_stats();
-  if (state.version > 0) {
-    std::printf("learned state %lld bytes, %lld centroids, fitted in %.2f s, %.1f MB in memory\n",
-                static_cast<long long>(state.state_bytes), static_cast<long long>(state.centroids),
-                state.seconds, 1e-6 * static_cast<double>(state.memory_bytes));
+  if (!o.json.empty()) write_file(o.json, json);
+  if (!o.plot.empty()) {
+    const string stem = std::filesystem::path(o.input).stem().string();
+    write_file(o.plot, rate_distortion_svg("Codecs on " + stem, series));
   }
-  const double encoding = median(encode_seconds), decoding = median(decode_seconds);
-  const double megabytes =
-      static_cast<double>(x.numel()) * static_cast<double>(x.element_size()) * 1e-6;
-  std::printf("encode %.0f MB/s, decode %.0f MB/s, both %.0f MB/s of %s rows\n",
-              megabytes / encoding, megabytes / decoding, megabytes / (encoding + decoding),
-              o.dtype.c_str());
 }
 
 }  // namespace lshmoe::launch

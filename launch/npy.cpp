@@ -24,10 +24,13 @@ at::Tensor read_npy(const std::string& path) {
   const std::string header = bytes.substr(8 + length_bytes, length);
 
   std::smatch match;
-  LSHMOE_VALIDATE(std::regex_search(header, match, std::regex("'descr': *'<(f2|f4)'")), "'", path,
-                  "' holds no little-endian float16 or float32 (header ", header,
-                  "): convert it, e.g. array.astype('<f4')");
-  const at::ScalarType dtype = match[1] == "f2" ? at::kHalf : at::kFloat;
+  LSHMOE_VALIDATE(
+      std::regex_search(header, match, std::regex("'descr': *'(<f2|<f4|[<|]V2|bfloat16)'")), "'",
+      path, "' holds no little-endian float16, float32 or bfloat16 (header ", header,
+      "): convert it, e.g. array.astype('<f4')");
+  const at::ScalarType dtype = match[1] == "<f2"   ? at::kHalf
+                               : match[1] == "<f4" ? at::kFloat
+                                                   : at::kBFloat16;
   LSHMOE_VALIDATE(std::regex_search(header, std::regex("'fortran_order': *False")), "'", path,
                   "' is not in C order: save numpy.ascontiguousarray(array)");
   LSHMOE_VALIDATE(

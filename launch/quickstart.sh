@@ -44,5 +44,7 @@ while ((seen != signals)); do
   seen=$signals status=0
   wait "$mpirun_pid" || status=$?
 done
+# 128 + SIGUSR1: a rank got it before it listens for it.
+((status != 138)) || say "stopped before the first step"
 [[ $status -ne 0 || -z $metrics ]] || say "metrics: $metrics"
 exit "$status"

@@ -2,6 +2,7 @@
 
 #include <boost/program_options.hpp>
 #include <cmath>
+#include <limits>
 
 #include "lshmoe/runtime/error.hpp"
 
@@ -17,7 +18,7 @@ po::typed_value<double>* real(double& variable, double default_value, const char
   return po::value<double>(&variable)->default_value(default_value, text);
 }
 
-constexpr double kAsForward = -1.0;
+constexpr double kAsForward = std::numeric_limits<double>::quiet_NaN();
 
 CodecOptions forward_codec(const TrainOptions& o) {
   return CodecOptions()
@@ -36,13 +37,15 @@ CodecOptions forward_codec(const TrainOptions& o) {
       .refresh_every(o.refresh_every)
       .sample_rows(o.sample_rows)
       .alpha(o.alpha)
+      .rounding(o.rounding)
       .seed(static_cast<std::uint64_t>(o.seed));
 }
 
 CodecOptions backward_codec(const TrainOptions& o) {
   CodecOptions codec = forward_codec(o);
   if (!o.compress_backward.empty()) codec.kind(o.compress_backward);
-  if (o.max_error_backward != kAsForward) codec.max_error(o.max_error_backward);
+  if (!std::isnan(o.max_error_backward)) codec.max_error(o.max_error_backward);
+  if (!o.rounding_backward.empty()) codec.rounding(o.rounding_backward);
   return codec;
 }
 
@@ -110,7 +113,7 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
       "loss-free balancing of the sigmoid gate");
   parser.group("compress")
       .add_options()("compress", value<string>(o.compress, "none"),
-                     "what travels: none, bf16 or lsh")(
+                     "what travels: none, bf16, fp8, int8, int4 or lsh")(
           "restore", value<string>(o.restore, "expert"),
           "lsh: every token restored at its expert, or (source) centroids only, as in the paper")(
           "max-error", real(o.max_error, 0.1, "0.1"),
@@ -118,7 +121,7 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
           "max-error-backward", real(o.max_error_backward, kAsForward, "as forward"),
           "the same for the two backward exchanges")(
           "compress-backward", value<string>(o.compress_backward, ""),
-          "what travels backward: none, bf16 or lsh; default: as forward")(
+          "the same for the two backward exchanges; default: as forward")(
           "error-reference", value<string>(o.error_reference, ""),
           "bound relative to the row's norm (row) or the group's rms norm (group); default: row, "
           "and "
@@ -139,6 +142,10 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
           "sample-rows", value<int64_t>(o.sample_rows, 0),
           "learned: rows a fit sees; 0: 4096, with a basis at least 10 x hidden-size")(
           "alpha", real(o.alpha, 0, "0"), "restore=source: weight of the residual; 1 is the paper")(
+          "rounding", value<string>(o.rounding, "nearest"),
+          "fp8, int8 and int4: nearest, or stochastic (without bias)")(
+          "rounding-backward", value<string>(o.rounding_backward, ""),
+          "the same for the two backward exchanges; default: as forward")(
           "codec-on-self", po::bool_switch(&o.codec_on_self),
           "rows for the own rank pass the codec too");
 }
@@ -166,7 +173,8 @@ LanguageModelOptions model_options(const TrainOptions& o, int64_t vocab_size) {
       .shared_expert_size(o.shared_expert_size)
       .codec_on_self(o.codec_on_self)
       .codec(forward_codec(o));
-  if (!o.compress_backward.empty() || o.max_error_backward != kAsForward) {
+  if (!o.compress_backward.empty() || !std::isnan(o.max_error_backward) ||
+      !o.rounding_backward.empty()) {
     moe.codec_backward(backward_codec(o));
   }
   return LanguageModelOptions(vocab_size, moe)
@@ -212,7 +220,11 @@ void validate(const TrainOptions& o, int world_size) {
                   "ep-size ", o.ep_size, " does not divide the ", world_size,
                   " ranks of the job (every group of ep-size ranks holds all experts): change "
                   "--ep-size or the number of ranks");
-  LSHMOE_VALIDATE(o.max_error_backward == kAsForward || o.max_error_backward >= 0,
+  const bool lsh = o.compress == "lsh" || o.compress_backward == "lsh";
+  LSHMOE_VALIDATE(lsh || (o.restore == "expert" && o.codec_state == "batch"), "restore ", o.restore,
+                  " and codec-state ", o.codec_state, " are for --compress lsh, it is ", o.compress,
+                  " (nothing would be clustered): add --compress lsh, or leave them out");
+  LSHMOE_VALIDATE(std::isnan(o.max_error_backward) || o.max_error_backward >= 0,
                   "max-error-backward is ", o.max_error_backward, " (must be 0 or positive)");
   validate(forward_codec(o));
   validate(backward_codec(o));

@@ -8,7 +8,7 @@
 namespace lshmoe {
 
 DispatcherOptions& DispatcherOptions::codec(const CodecOptions& c) {
-  const bool source = c.kind() == "lsh" && c.restore() == "source";
+  const bool source = sends_centroids(c);
   for (CodecOptions& exchange : codecs_) exchange = source ? CodecOptions().kind("none") : c;
   return codec_dispatch(c);
 }
@@ -41,9 +41,7 @@ void validate(const DispatcherOptions& o, int ep_size) {
                   " (must be 1 to 2^20)");
   LSHMOE_VALIDATE(o.layer() >= 0 && o.layer() < int64_t{1} << 31, "layer is ", o.layer(),
                   " (must be 0 or positive)");
-  const auto source = [&](Direction direction) {
-    return o.codec(direction).kind() == "lsh" && o.codec(direction).restore() == "source";
-  };
+  const auto source = [&](Direction direction) { return sends_centroids(o.codec(direction)); };
   for (const Direction direction : {Direction::dispatch, Direction::combine,
                                     Direction::combine_backward, Direction::dispatch_backward}) {
     validate(o.codec(direction));

@@ -142,8 +142,7 @@ StateStats ExchangeContext::state_stats(Direction direction) {
 }
 
 bool ExchangeContext::restores_at_source() const {
-  const CodecOptions& c = options.codec(Direction::dispatch);
-  return c.kind() == "lsh" && c.restore() == "source";
+  return sends_centroids(options.codec(Direction::dispatch));
 }
 
 std::string ExchangeContext::name_of_rank(int64_t rank) const {

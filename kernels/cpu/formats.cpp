@@ -287,7 +287,8 @@ void encode_row(RowFormat format, std::uint8_t* out, const float* x, std::int64_
   const NoiseKey k = stochastic ? *key : NoiseKey{};
   switch (format) {
     case RowFormat::fp8:
-      return stochastic ? encode_fp8<true>(out, x, hidden, k) : encode_fp8<false>(out, x, hidden, k);
+      return stochastic ? encode_fp8<true>(out, x, hidden, k)
+                        : encode_fp8<false>(out, x, hidden, k);
     case RowFormat::int8:
       return stochastic ? encode_int8<true>(out, x, hidden, k)
                         : encode_int8<false>(out, x, hidden, k);

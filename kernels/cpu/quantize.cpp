@@ -30,37 +30,58 @@ double squared_norm(const float* x, std::int64_t count) {
   return sum_lanes(lane);
 }
 
-float rounding_error(const float* r, std::int64_t count, float step) {
+namespace {
+template <bool kOffset>
+float rounded(float scaled, const float* offset, std::int64_t i) {
+  return std::nearbyintf(kOffset ? scaled + offset[i] : scaled);
+}
+
+template <bool kOffset>
+float sum_rounding_error(const float* r, std::int64_t count, float step, const float* offset) {
   const float inverse = 1.0F / step;
   float lane[2 * kLanes] = {};
   const std::int64_t full = count - count % (2 * kLanes);
   for (std::int64_t i = 0; i < full; i += 2 * kLanes) {
     for (int j = 0; j < 2 * kLanes; ++j) {
       const float scaled = r[i + j] * inverse;
-      const float error = scaled - std::nearbyintf(scaled);
+      const float error = scaled - rounded<kOffset>(scaled, offset, i + j);
       lane[j] += error * error;
     }
   }
   for (std::int64_t i = full; i < count; ++i) {
     const float scaled = r[i] * inverse;
-    const float error = scaled - std::nearbyintf(scaled);
+    const float error = scaled - rounded<kOffset>(scaled, offset, i);
     lane[i - full] += error * error;
   }
   return sum_lanes(lane) + sum_lanes(lane + kLanes);
 }
 
-bool quantize(std::int32_t* q, const float* r, std::int64_t count, float step) {
+template <bool kOffset>
+bool quantize_all(std::int32_t* q, const float* r, std::int64_t count, float step,
+                  const float* offset) {
   const float inverse = 1.0F / step;
   std::int32_t beyond = 0;
   for (std::int64_t i = 0; i < count; ++i) {
     // Clamped so that the cast is defined (in this order NaN becomes a limit); the clamped ones are
     // reported.
-    const float scaled = std::nearbyintf(r[i] * inverse);
+    const float scaled = rounded<kOffset>(r[i] * inverse, offset, i);
     q[i] = static_cast<std::int32_t>(std::max(-40000.0F, std::min(40000.0F, scaled)));
     beyond |= static_cast<std::int32_t>(q[i] > kMaxQuantised) |
               static_cast<std::int32_t>(q[i] < -kMaxQuantised);
   }
   return beyond == 0;
+}
+}  // namespace
+
+float rounding_error(const float* r, std::int64_t count, float step, const float* offset) {
+  return offset != nullptr ? sum_rounding_error<true>(r, count, step, offset)
+                           : sum_rounding_error<false>(r, count, step, nullptr);
+}
+
+bool quantize(std::int32_t* q, const float* r, std::int64_t count, float step,
+              const float* offset) {
+  return offset != nullptr ? quantize_all<true>(q, r, count, step, offset)
+                           : quantize_all<false>(q, r, count, step, nullptr);
 }
 
 template <class T>
@@ -87,18 +108,18 @@ template double reconstruction_error<float>(const float*, const float*, const st
 template double reconstruction_error<Bfloat16>(const float*, const float*, const std::int32_t*,
                                                std::int64_t, float);
 
-float search_step(const float* r, std::int64_t count, double bound) {
+float search_step(const float* r, std::int64_t count, double bound, const float* offset) {
   const auto usable = [](double step) {
     return static_cast<float>(
         std::clamp(step, static_cast<double>(kMinStep), static_cast<double>(kMaxStep)));
   };
-  double step = bound * std::sqrt(12.0 / static_cast<double>(count));
+  double step = bound * std::sqrt((offset != nullptr ? 6.0 : 12.0) / static_cast<double>(count));
   double best = 0;
   double below = 0, above = 0;  // tightest steps known to keep and to break the bound
   // Most rows take two or three; those of few large values more.
   for (int attempt = 0; attempt < 10; ++attempt) {
     const float tried = step_value(step_code(usable(step)));
-    const double error = std::sqrt(static_cast<double>(rounding_error(r, count, tried))) *
+    const double error = std::sqrt(static_cast<double>(rounding_error(r, count, tried, offset))) *
                          static_cast<double>(tried);
     if (error <= bound) {
       best = std::max(best, static_cast<double>(tried));

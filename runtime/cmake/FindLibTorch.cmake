@@ -11,7 +11,9 @@
 
 if(NOT LibTorch_ROOT)
   file(GLOB _lshmoe_torch_candidates "${LSHMOE_VENV}/lib/python3*/site-packages/torch")
-  list(GET _lshmoe_torch_candidates 0 LibTorch_ROOT)
+  if(_lshmoe_torch_candidates)
+    list(GET _lshmoe_torch_candidates 0 LibTorch_ROOT)
+  endif()
 endif()
 
 find_path(LibTorch_INCLUDE_DIR torch/headeronly/version.h

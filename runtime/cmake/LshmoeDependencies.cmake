@@ -21,6 +21,9 @@ endif()
 lshmoe_require(Threads "a C library with threads")
 
 # CUDA: decided once, here; everything else asks LSHMOE_WITH_CUDA.
+if(NOT LSHMOE_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "lshmoe: LSHMOE_CUDA=${LSHMOE_CUDA} (it is AUTO, ON or OFF): set one of them")
+endif()
 set(LSHMOE_WITH_CUDA OFF)
 if(LSHMOE_CUDA STREQUAL "OFF")
   set(LSHMOE_CUDA_REASON "LSHMOE_CUDA=OFF")

@@ -72,6 +72,9 @@ const std::vector<Sample>& samples() {
     return std::vector<Sample>{
         make_sample("none", CodecOptions().kind("none"), {5}, rows.narrow(0, 0, 3).narrow(1, 0, 5)),
         make_sample("bf16", CodecOptions().kind("bf16"), {5}, rows.narrow(0, 0, 3).narrow(1, 0, 5)),
+        make_sample("fp8", CodecOptions().kind("fp8"), f32, some_whole),
+        make_sample("int8", CodecOptions().kind("int8"), b16, some_whole),
+        make_sample("int4", CodecOptions().kind("int4"), {7}, some_whole.narrow(1, 0, 7)),
         make_sample("row", CodecOptions(), f32, rows),
         make_sample("group", CodecOptions(), b16, rows),
         make_sample("whole rows", CodecOptions().max_error(0.03), f32, some_whole),
@@ -224,7 +227,10 @@ TEST(Damage, EveryChangedByteBehindAGoodChecksum) {
                               "left over after the last row",
                               "left over in the shared part",
                               "bytes short",
-                              "whole rows has"}) {
+                              "whole rows has",
+                              "of kind fp8 has",
+                              "of kind int8 has",
+                              "of kind int4 has"}) {
     EXPECT_NE(texts.find(reached), std::string::npos) << "no change led to: " << reached;
   }
 }
@@ -308,7 +314,7 @@ TEST(Damage, OtherSettingsAreRefused) {
 }
 
 TEST(Damage, GroupsThatDoNotFit) {
-  const Sample& sample = samples()[2];
+  const Sample& sample = samples()[5];
   const auto codec = make_codec(sample.options, sample.context);
   const at::Tensor bytes = to_tensor(sample.parcel);
   const int64_t size = bytes.numel(), rows = sample.rows;
@@ -375,6 +381,9 @@ std::vector<GoldenCase> golden_cases() {
   return {
       {"none", CodecOptions().kind("none"), f32(3), golden_rows(2, 3)},
       {"bf16", CodecOptions().kind("bf16"), f32(3), golden_rows(2, 3)},
+      {"fp8", CodecOptions().kind("fp8"), f32(20), golden_rows(3, 20)},
+      {"int8", CodecOptions().kind("int8"), f32(20), golden_rows(3, 20)},
+      {"int4", CodecOptions().kind("int4"), f32(37), golden_rows(3, 37)},
       {"whole", CodecOptions().max_error(0), f32(3), golden_rows(2, 3)},
       {"row", CodecOptions(), f32(20), golden_rows(36, 20)},
       {"fine", CodecOptions().max_error(1e-4), f32(20), golden_rows(3, 20)},
@@ -424,6 +433,9 @@ TEST(Golden, ParcelsKeepDecoding) {
     const bool by_group = it->context.direction == Direction::combine;
     const double max_error = it->options.kind() == "none"   ? 0
                              : it->options.kind() == "bf16" ? 1.0 / 256
+                             : it->options.kind() == "fp8"  ? 1.0 / 16
+                             : it->options.kind() == "int8" ? 0.02
+                             : it->options.kind() == "int4" ? 0.15
                                                             : it->options.max_error();
     const at::Tensor bound =
         max_error * (by_group ? norm.square().mean().sqrt().expand_as(norm) : norm);

@@ -100,7 +100,11 @@ class BadInput(TrainTest):
             ([*text, "--ep-size", "3"], r"ep-size 3 does not divide .*: change --ep-size or"),
             ([*text, "--hidden-size", "0"], r"hidden-size is 0 \(must be at least 1\)"),
             ([*text, "--compress", "zip"], r"'zip'.*none.*bf16.*lsh"),
-            ([*text, "--compress", "fp8"], r"fp8.*is to come"),
+            ([*text, "--compress", "bf16", "--rounding", "stochastic"],
+             r"rounding stochastic is not for kind bf16: use rounding nearest"),
+            ([*text, "--compress", "lsh", "--max-error-backward", "-1"],
+             r"max-error-backward is -1 \(must be 0 or positive\)"),
+            ([*text, "--restore", "source"], r"restore source .* add --compress lsh"),
             ([*text, "--compress", "lsh", "--max-error", "-1"], r"max_error.*-1.*(0|positive)"),
         ]
 
