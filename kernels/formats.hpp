@@ -88,7 +88,7 @@ inline constexpr float kMaxScale = 0x1p+114F;
 
 /// fp8: one fp32 scale a block, largest / 448.  int8: one fp32 scale a row, largest / 127.
 /// int4: blocks times a Hadamard matrix / sqrt(n) (the last block in parts of powers of two), one
-/// bfloat16 scale a block, two values a byte, in -8 .. 7.
+/// bfloat16 scale a block, two values a byte, in -8 .. 7 times a sign a block.
 /// A row is its scales, then its codes.
 enum class RowFormat : std::uint8_t { fp8, int8, int4 };
 

@@ -8,9 +8,9 @@ namespace lshmoe::kernels {
 namespace {
 constexpr float kInt8Max = 127.0F;
 constexpr float kInt4Max = 7.0F, kInt4Min = -8.0F;
-// Scales tried for a block of int4, each less than the one before: down to half the largest.
-constexpr int kScaleTries = 20;
-constexpr float kScaleRatio = 0.965F;
+// Scales tried for a block of int4, each less than the one before: down to two thirds.
+constexpr int kScaleTries = 12;
+constexpr float kScaleRatio = 0.96F;
 
 std::int64_t blocks_of(std::int64_t hidden) { return (hidden + kFormatBlock - 1) / kFormatBlock; }
 
@@ -53,10 +53,25 @@ bool read_scale(const std::uint8_t* in, float* scale, bool* small) {
   std::memcpy(&value, in, sizeof value);
   return check_scale(value, scale, small);
 }
-bool read_scale_bfloat16(const std::uint8_t* in, float* scale, bool* small) {
+
+// int4's: a bfloat16 whose last bit says that the block's codes have the other sign.
+constexpr std::uint32_t kGrid = 0x20000u;
+float to_grid(float value) {
+  return float_from_bits((float_bits(value) + kGrid / 2) / kGrid * kGrid);
+}
+void write_turned_scale(std::uint8_t* out, float scale, bool small, bool turned) {
+  Bfloat16 value = to_bfloat16(small && scale > 0 ? -scale : scale);
+  if (turned && scale > 0) value.bits |= 1u;
+  std::memcpy(out, &value, sizeof value);
+}
+bool read_turned_scale(const std::uint8_t* in, float* scale, bool* small) {
   Bfloat16 value;
   std::memcpy(&value, in, sizeof value);
-  return check_scale(to_float(value), scale, small);
+  const bool turned = (value.bits & 1u) != 0;
+  value.bits &= 0xFFFEu;
+  if (!check_scale(to_float(value), scale, small) || (turned && *scale == 0)) return false;
+  if (turned) *scale = -*scale;
+  return true;
 }
 
 template <class T>
@@ -182,19 +197,19 @@ float int4_error(const float* z, float scale, std::int64_t count) {
   return sum;
 }
 
-float next_bfloat16(float value) { return float_from_bits(float_bits(value) + 0x10000u); }
-
 // Of coefficients of this largest magnitude. A cut at the ends may cost less than coarse steps.
 float int4_scale(const float* z, float largest, std::int64_t count, bool cuts_nothing) {
   if (largest == 0) return 0;
-  float top = to_float(to_bfloat16(largest / kInt4Max));
-  if (cuts_nothing) return top * kInt4Max < largest ? next_bfloat16(top) : top;
+  float top = to_grid(largest / kInt4Max);
+  if (cuts_nothing) {
+    return top * kInt4Max < largest ? float_from_bits(float_bits(top) + kGrid) : top;
+  }
   // Errors relative to the largest, so that their squares stay within fp32.
   float unit[kFormatBlock];
   for (std::int64_t i = 0; i < count; ++i) unit[i] = z[i] / largest;
   float best = top, best_error = std::numeric_limits<float>::max();
   for (int i = 0; i < kScaleTries; ++i, top *= kScaleRatio) {
-    const float scale = to_float(to_bfloat16(top));
+    const float scale = to_grid(top);
     const float error = int4_error(unit, scale / largest, count);
     if (error < best_error) {
       best_error = error;
@@ -215,10 +230,16 @@ void encode_int4(std::uint8_t* out, const float* x, std::int64_t hidden, NoiseKe
     const float down = block_down(small);
     for (std::int64_t i = 0; i < count; ++i) z[i] = x[first + i] * down;
     rotate(z, scratch, count);
-    const float scale = int4_scale(z, largest_magnitude(z, count), count, kStochastic);
+    // The largest coefficient gets the sign that has one code more.
+    const float largest = largest_magnitude(z, count);
+    std::uint32_t found = 0;
+    for (std::int64_t i = 0; i < count; ++i) found |= z[i] == largest ? 1u : 0u;
+    const bool turned = found != 0;
+    const float sign = turned ? -1.0F : 1.0F;
+    for (std::int64_t i = 0; i < count; ++i) z[i] *= sign;
+    const float scale = int4_scale(z, largest, count, kStochastic);
     const float by = divisor(scale);
-    const Bfloat16 on_wire = to_bfloat16(small && scale > 0 ? -scale : scale);
-    std::memcpy(out, &on_wire, sizeof on_wire);
+    write_turned_scale(out, scale, small, turned);
     for (std::int64_t i = 0; i < count; ++i) {
       const std::uint32_t random =
           kStochastic ? noise(key, static_cast<std::uint32_t>(first + i)) : 0;
@@ -241,7 +262,7 @@ bool decode_int4(T* out, const std::uint8_t* in, std::int64_t hidden) {
     const std::int64_t count = std::min(kFormatBlock, hidden - first);
     float scale;
     bool small;
-    if (!read_scale_bfloat16(in, &scale, &small)) return false;
+    if (!read_turned_scale(in, &scale, &small)) return false;
     for (std::int64_t i = 0; i < count / 2; ++i) {
       z[2 * i] = static_cast<float>(((codes[i] & 15) ^ 8) - 8) * scale;
       z[2 * i + 1] = static_cast<float>(((codes[i] >> 4) ^ 8) - 8) * scale;
