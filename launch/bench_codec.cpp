@@ -8,7 +8,6 @@
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
-#include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -21,6 +20,7 @@
 #include "lshmoe/launch/npy.hpp"
 #include "lshmoe/launch/plot.hpp"
 #include "lshmoe/runtime/error.hpp"
+#include "lshmoe/runtime/files.hpp"
 #include "lshmoe/runtime/options.hpp"
 
 namespace lshmoe::launch {
@@ -38,7 +38,8 @@ struct BenchOptions {
   // Every combination that makes sense is one row of the table.
   std::vector<string> kinds, states, restores, references, transforms;
   std::vector<double> max_errors, rates;
-  std::vector<int64_t> codebook_sizes, max_clusters;
+  std::vector<int64_t> codebook_sizes, max_clusters, refines;
+  int64_t hashes = 0, hash_dim = 0;
 };
 
 /// One row of the table. Settings that its kind does not have stay empty.
@@ -47,7 +48,7 @@ struct Case {
   CodecOptions codec;  // of a library's kind
   std::optional<string> state, restore, reference, transform;
   std::optional<double> max_error, rate;
-  std::optional<int64_t> codebook_size, max_clusters;
+  std::optional<int64_t> codebook_size, max_clusters, refine;
 
   [[nodiscard]] bool is_library() const {
     const auto& others = bench_format_names();
@@ -61,6 +62,7 @@ struct Case {
     }
     if (codebook_size) text += " K" + std::to_string(*codebook_size);
     if (max_clusters) text += " C" + std::to_string(*max_clusters);
+    if (refine && *refine != CodecOptions().refine()) text += " refine " + std::to_string(*refine);
     if (reference == "group") text += " group";
     return text;
   }
@@ -110,60 +112,86 @@ Rows split_rows(const BenchOptions& o) {
   return rows;
 }
 
-std::vector<Case> make_cases(const BenchOptions& o) {
+/// kind lsh with these settings, as far as they apply; none for those that exclude each other.
+std::optional<Case> lsh_case(const BenchOptions& o, const string& restore, const string& state,
+                             const string& transform) {
+  Case c;
+  c.kind = "lsh";
+  c.restore = restore;
+  c.codec.kind("lsh").restore(restore).sample_rows(o.fit_rows);
+  c.codec.hashes(o.hashes).hash_dim(o.hash_dim);
+  c.codec.projection(std::max(c.codec.projection(), o.hashes * o.hash_dim));
+  if (restore == "source") return c;
+  if (transform == "basis" && state == "batch") return std::nullopt;  // no parcel carries a basis
+  c.state = state;
+  c.transform = transform;
+  c.codec.state(state).transform(transform);
+  return c;
+}
+
+std::vector<Case> lsh_cases(const BenchOptions& o) {
   std::vector<Case> cases;
-  const auto add_lsh = [&](const string& restore, const string& state, const string& reference,
-                           const string& transform, double max_error, int64_t codebook_size,
-                           int64_t max_clusters) {
-    Case c;
-    c.kind = "lsh";
-    c.restore = restore;
-    const bool source = restore == "source", whole = !source && max_error == 0;
-    const bool learned = !source && !whole && state == "learned";
-    if (!source) c.max_error = max_error;
-    if (!source && !whole) {
-      c.state = state;
-      c.reference = reference;
-      c.transform = transform;
-    }
-    if (learned) {
-      c.codebook_size = codebook_size;
-    } else if (!whole) {
-      c.max_clusters = max_clusters;
-    }
-    if (transform == "basis" && !learned) return;  // a parcel cannot carry a basis
-    c.codec.kind("lsh").restore(restore).max_clusters(max_clusters).sample_rows(o.fit_rows);
-    if (c.max_error) c.codec.max_error(*c.max_error);
-    if (c.reference) c.codec.error_reference(*c.reference);
-    if (learned) c.codec.state(state).transform(transform).codebook_size(codebook_size);
+  const auto add = [&](const Case& c) {
     const auto same = [&](const Case& other) {
       return other.name() == c.name() && other.max_error == c.max_error;
     };
-    if (std::none_of(cases.begin(), cases.end(), same)) cases.push_back(std::move(c));
+    if (std::none_of(cases.begin(), cases.end(), same)) cases.push_back(c);
   };
+  // The settings of one pair of ends, then the bounds.
+  const auto add_bounds = [&](Case c) {
+    if (c.restore == "source") return add(c);
+    for (const string& reference : o.references) {
+      for (const double max_error : o.max_errors) {
+        c.reference = reference;
+        c.max_error = max_error;
+        c.codec.error_reference(reference).max_error(max_error);
+        add(c);
+      }
+    }
+  };
+  for (const string& restore : o.restores) {
+    for (const string& state : o.states) {
+      for (const string& transform : o.transforms) {
+        std::optional<Case> c = lsh_case(o, restore, state, transform);
+        if (!c) continue;
+        if (c->state == "learned") {
+          for (const int64_t size : o.codebook_sizes) {
+            c->codebook_size = size;
+            c->codec.codebook_size(size);
+            add_bounds(*c);
+          }
+          continue;
+        }
+        for (const int64_t refine : o.refines) {
+          for (const int64_t clusters : o.max_clusters) {
+            c->refine = refine;
+            // restore=source without refinement sends every bucket.
+            if (restore == "expert" || refine > 0) c->max_clusters = clusters;
+            c->codec.refine(refine).max_clusters(clusters);
+            add_bounds(*c);
+          }
+        }
+      }
+    }
+  }
+  return cases;
+}
+
+std::vector<Case> make_cases(const BenchOptions& o) {
+  std::vector<Case> cases;
   for (const string& kind : o.kinds) {
     if (kind == "lsh") {
-      for (const auto& restore : o.restores)
-        for (const auto& state : o.states)
-          for (const auto& transform : o.transforms)
-            for (const auto codebook_size : o.codebook_sizes)
-              for (const auto max_clusters : o.max_clusters)
-                for (const auto& reference : o.references)
-                  for (const auto max_error : o.max_errors)
-                    add_lsh(restore, state, reference, transform, max_error, codebook_size,
-                            max_clusters);
+      const std::vector<Case> more = lsh_cases(o);
+      cases.insert(cases.end(), more.begin(), more.end());
       continue;
     }
     Case c;
     c.kind = kind;
     if (c.is_library()) c.codec.kind(kind);
-    if (!has_rate(kind)) {
-      cases.push_back(std::move(c));
-      continue;
-    }
     for (const double rate : o.rates) {
-      c.rate = rate;
+      if (has_rate(kind)) c.rate = rate;
       cases.push_back(c);
+      if (!has_rate(kind)) break;
     }
   }
   for (const Case& c : cases) {
@@ -339,14 +367,6 @@ Line report(const Case& c, const Result& result, const Rows& rows, const Result&
   return line;
 }
 
-void write_file(const string& path, const string& text) {
-  std::ofstream file(path, std::ios::binary);
-  file << text;
-  file.close();
-  LSHMOE_VALIDATE(file.good(), "cannot write the file '", path,
-                  "': check the path, its permissions and the space left");
-}
-
 template <class T>
 po::typed_value<std::vector<T>>* list(std::vector<T>& variable, const std::vector<T>& defaults,
                                       const string& text) {
@@ -383,6 +403,10 @@ void add_options(OptionParser& parser, BenchOptions& o) {
                                                "lsh, learned: centroids at most")(
           "max-clusters", list<int64_t>(o.max_clusters, {128}, "128"),
           "lsh, batch and source: clusters of a group at most; 0: none")(
+          "refine", list<int64_t>(o.refines, {1}, "1"),
+          "lsh, batch and source: nearest-centroid passes; 0: LSH buckets as they are (the paper)")(
+          "hashes", po::value(&o.hashes)->default_value(3), "lsh: hashes of a row")(
+          "hash-dim", po::value(&o.hash_dim)->default_value(8), "lsh: dimension of each")(
           "rate", list<double>(o.rates, {0.2}, "0.2"),
           "drop, kmeans: share of the rows, or centroids a row");
   parser.group("Output").add_options()("json", po::value(&o.json)->value_name("FILE"),
@@ -451,10 +475,10 @@ void bench_codec(int argc, const char* const* argv) {
     if (at == series.end()) at = series.insert(at, {name, {}});
     at->points.push_back(line.point);
   }
-  if (!o.json.empty()) write_file(o.json, json);
+  if (!o.json.empty()) write_file_atomically(o.json, json);
   if (!o.plot.empty()) {
     const string stem = std::filesystem::path(o.input).stem().string();
-    write_file(o.plot, rate_distortion_svg("Codecs on " + stem, series));
+    write_file_atomically(o.plot, rate_distortion_svg("Codecs on " + stem, series));
   }
 }
 

@@ -1,0 +1,294 @@
+"""lshmoe-bench codec as a user runs it: what it reads, measures, writes and refuses.
+
+    bench_test.py PROGRAM [unittest's arguments]
+"""
+
+import json
+import math
+import os
+import random
+import struct
+import subprocess
+import sys
+import tempfile
+import unittest
+import xml.etree.ElementTree
+
+PROGRAM = sys.argv.pop(1)
+KEYS = ("kind state restore max_error rows hidden bits_per_element mean_error p99_error "
+        "max_error_seen encode_mb_s decode_mb_s error_reference break_even_gbit_s_bf16 "
+        "break_even_gbit_s_fp8 transform codebook_size state_bytes rows_to_amortise_1pct "
+        "clusters").split()
+HEADER = 40  # bytes of a parcel before its rows
+
+
+def npy(rows, descr):
+    """The bytes of an array as numpy.save writes them; bfloat16 by cutting floats off."""
+    values = [value for row in rows for value in row]
+    if descr == "<f2":
+        data = struct.pack("<%de" % len(values), *values)
+    else:
+        data = struct.pack("<%df" % len(values), *values)
+        if "V2" in descr or descr == "bfloat16":
+            data = b"".join(data[i + 2:i + 4] for i in range(0, len(data), 4))
+    header = "{'descr': '%s', 'fortran_order': False, 'shape': (%d, %d), }" % (
+        descr, len(rows), len(rows[0]))
+    header += " " * (-(len(header) + 11) % 64) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + data
+
+
+def gaussian(rows, hidden, seed=1):
+    """Values that bfloat16 holds exactly."""
+    draw = random.Random(seed)
+    return [[round(draw.gauss(0, 1) * 32) / 32 for _ in range(hidden)] for _ in range(rows)]
+
+
+def norm(values):
+    return math.sqrt(sum(value * value for value in values))
+
+
+def relative_errors(rows, others):
+    return [norm([a - b for a, b in zip(row, other)]) / norm(row)
+            for row, other in zip(rows, others)]
+
+
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+
+
+def nearest(value, table):
+    """The nearest value of a table, ties to the even code."""
+    size = min(abs(value), table[-1])
+    code = min(range(len(table)), key=lambda i: (abs(table[i] - size), i % 2))
+    return math.copysign(table[code], value)
+
+
+def e4m3():
+    return [m / 8 * 2.0**-6 if e == 0 else (1 + m / 8) * 2.0**(e - 7)
+            for e in range(16) for m in range(8) if (e, m) != (15, 7)]
+
+
+def by_blocks(row, block, scale_of):
+    out = []
+    for first in range(0, len(row), block):
+        part = row[first:first + block]
+        scale = scale_of(max(abs(value) for value in part))
+        out += [nearest(value / scale, E2M1) * scale if scale > 0 else 0 for value in part]
+    return out
+
+
+class BenchTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def write(self, name, content):
+        with open(self.path(name), "wb") as file:
+            file.write(content)
+        return self.path(name)
+
+    def run_bench(self, args):
+        return subprocess.run([PROGRAM, "codec", *args], text=True, capture_output=True, timeout=60)
+
+    def measure(self, args):
+        """The lines of the JSON file."""
+        target = self.path("out.json")
+        job = self.run_bench([*args, "--repeat", "1", "--json", target])
+        self.assertEqual(job.returncode, 0, job.stderr)
+        with open(target, encoding="ascii") as file:
+            lines = [json.loads(line) for line in file]
+        for line in lines:
+            self.assertEqual(list(line), KEYS)
+        table = job.stdout.split("\n\n", 1)[1].strip().splitlines()[1:]
+        self.assertEqual([row.split()[0] for row in table], [line["kind"] for line in lines])
+        return lines
+
+    def test_bytes_of_fixed_formats(self):
+        rows, hidden, groups = 50, 200, 3
+        lines = self.measure(["--synthetic-rows", "50", "--hidden-size", "200", "--group-rows", "20",
+                              "--kind", "none", "bf16", "fp8", "int8", "--kind", "int4", "mxfp4",
+                              "nvfp4", "rcmoe8", "rcmoe4", "--rate", "0.1", "0.5"])
+        want = {"none": 800, "bf16": 400, "fp8": 208, "int8": 204, "int4": 104,
+                "mxfp4": 100 + 7, "nvfp4": 100 + 13 + 4 * groups / rows, "rcmoe8": 204,
+                "rcmoe4": 104}
+        self.assertEqual([line["kind"] for line in lines], list(want))
+        for line in lines:
+            bits = 8 * (want[line["kind"]] + HEADER * groups / rows) / hidden
+            self.assertAlmostEqual(line["bits_per_element"], bits, msg=line["kind"])
+            self.assertEqual((line["rows"], line["hidden"]), (rows, hidden))
+
+    def test_break_even_bandwidth(self):
+        lines = self.measure(["--kind", "fp8", "int8", "int4", "lsh", "mxfp4",
+                              "--synthetic-rows", "600"])
+        elements = 600 * 384
+
+        def seconds(line):
+            return 4e-6 * elements * (1 / line["encode_mb_s"] + 1 / line["decode_mb_s"])
+
+        fp8 = lines[0]
+        for line in lines[:-1]:
+            bf16 = (16 - line["bits_per_element"]) * elements / seconds(line) / 1e9
+            self.assertAlmostEqual(line["break_even_gbit_s_bf16"] / bf16, 1, places=6)
+            saved = fp8["bits_per_element"] - line["bits_per_element"]
+            more = seconds(line) - seconds(fp8)
+            if saved <= 0:
+                self.assertEqual(line["break_even_gbit_s_fp8"], 0)
+            elif more <= 0:
+                self.assertIsNone(line["break_even_gbit_s_fp8"])
+            else:
+                self.assertAlmostEqual(
+                    line["break_even_gbit_s_fp8"] / (saved * elements / more / 1e9), 1, places=6)
+        self.assertIsNone(lines[-1]["encode_mb_s"])
+        self.assertIsNone(lines[-1]["break_even_gbit_s_bf16"])
+
+    def test_errors_are_those_of_the_formulas(self):
+        rows, scales = gaussian(12, 70), e4m3()
+        rows[3] = [0.001 * value for value in rows[3]]
+        rows[4] = [100 * value for value in rows[4]]
+        rows = [list(struct.unpack("<70f", struct.pack("<70f", *row))) for row in rows]
+        source = self.write("x.npy", npy(rows, "<f4"))
+        lines = self.measure(["--input", source, "--kind", "int8", "mxfp4", "nvfp4"])
+        whole = max(abs(value) for row in rows for value in row) / (6 * 448)
+        others = [
+            [[round(v / (max(map(abs, row)) / 127)) * max(map(abs, row)) / 127 for v in row]
+             for row in rows],
+            [by_blocks(row, 32, lambda most: 2.0**(math.floor(math.log2(most)) - 2))
+             for row in rows],
+            [by_blocks(row, 16, lambda most: nearest(most / 6 / whole, scales) * whole)
+             for row in rows]]
+        for line, received in zip(lines, others):
+            errors = relative_errors(rows, received)
+            places = 4 if line["kind"] == "int8" else 6
+            self.assertAlmostEqual(line["mean_error"], sum(errors) / 12, places, line["kind"])
+            self.assertAlmostEqual(line["max_error_seen"], max(errors), places, line["kind"])
+
+    def test_group_reference(self):
+        rows = gaussian(40, 64)
+        rows[7] = [20 * value for value in rows[7]]
+        source = self.write("x.npy", npy(rows, "<f4"))
+        row, group = self.measure(["--input", source, "--kind", "lsh", "--max-error", "0.2",
+                                   "--error-reference", "row", "group"])
+        self.assertEqual((row["error_reference"], group["error_reference"]), ("row", "group"))
+        for line in row, group:
+            self.assertLessEqual(line["max_error_seen"], 0.2)
+        self.assertGreater(group["max_error_seen"], 0.1)
+        self.assertLess(group["bits_per_element"], row["bits_per_element"])
+
+    def test_dropping_and_centroids(self):
+        draw = random.Random(5)
+        four = gaussian(4, 32)
+        rows = [four[draw.randrange(4)] for _ in range(60)]
+        source = self.write("x.npy", npy(rows, "<f4"))
+        lines = self.measure(["--input", source, "--kind", "drop", "kmeans", "lsh", "--restore",
+                              "source", "--refine", "0", "1", "--rate", "0.25", "1"])
+        drop, keep, means, every, buckets, refined = lines
+        self.assertAlmostEqual(drop["mean_error"], 0.75)
+        self.assertAlmostEqual(drop["bits_per_element"], 32 * 0.25 + 8 * HEADER / 60 / 32)
+        self.assertEqual(keep["mean_error"], 0)
+        self.assertEqual((means["clusters"], every["clusters"]), (15, 60))
+        self.assertLess(every["mean_error"], 1e-6)
+        for line in buckets, refined:  # a row against its centroid, which is the row here
+            self.assertEqual(line["clusters"], 4)
+            self.assertLess(line["max_error_seen"], 1e-6)
+            self.assertAlmostEqual(line["bits_per_element"], 32 * 4 / 60 + 8 * HEADER / 60 / 32)
+        # Rows that are no duplicates are some way off their centroid.
+        source = self.write("y.npy", npy(gaussian(60, 32), "<f4"))
+        means, centroids = self.measure(["--input", source, "--kind", "kmeans", "lsh", "--restore",
+                                         "source", "--max-clusters", "8"])
+        for line in means, centroids:
+            self.assertGreater(line["mean_error"], 0.5)
+            self.assertLess(line["mean_error"], 1.0)
+
+    def test_types_of_input(self):
+        rows = gaussian(30, 40)
+        for descr in "<f2", "<f4", "<V2", "|V2", "bfloat16":
+            source = self.write("x.npy", npy(rows, descr))
+            exact = self.measure(["--input", source, "--kind", "none", "--dtype", "fp32"])[0]
+            self.assertEqual((exact["mean_error"], exact["rows"]), (0, 30))
+            lines = [self.measure(["--input", source, "--kind", "int8", *more])[0]["mean_error"]
+                     for more in ([], ["--dtype", "fp32"], ["--dtype", "bf16"])]
+            bf16 = "V2" in descr or descr == "bfloat16"
+            self.assertEqual(lines[0], lines[2] if bf16 else lines[1], descr)
+            self.assertNotEqual(lines[1], lines[2])
+            # The same rows, whatever they are stored as.
+            if descr == "<f2":
+                first = lines
+            self.assertEqual(lines[1:], first[1:], descr)
+
+    def test_every_combination_that_makes_sense(self):
+        source = self.write("x.npy", npy(gaussian(400, 32), "<f4"))
+        lines = self.measure(["--input", source, "--fit-rows", "200", "--kind", "fp8", "lsh",
+                              "--state", "batch", "learned", "--restore", "expert", "source",
+                              "--transform", "channels", "--transform", "basis", "--max-error",
+                              "0.1", "0.3", "--codebook-size", "0", "16", "--max-clusters", "0",
+                              "8"])
+        found = [(line["kind"], line["restore"], line["state"], line["transform"],
+                  line["codebook_size"], line["max_error"]) for line in lines]
+        want = [("fp8", None, None, None, None, None)]
+        want += [("lsh", "expert", "batch", "channels", None, e) for e in (0.1, 0.3)] * 2
+        want += [("lsh", "expert", "learned", t, k, e)
+                 for t in ("channels", "basis") for k in (0, 16) for e in (0.1, 0.3)]
+        want += [("lsh", "source", None, None, None, None)] * 2
+        self.assertEqual(sorted(map(str, found)), sorted(map(str, want)))
+        for line in lines:
+            self.assertEqual(line["rows"], 200)
+            if line["state"] != "learned":
+                self.assertEqual((line["state_bytes"], line["rows_to_amortise_1pct"]), (0, 0))
+                continue
+            self.assertGreater(line["state_bytes"], 0)
+            row_bytes = line["bits_per_element"] * 32 / 8
+            self.assertEqual(line["rows_to_amortise_1pct"],
+                             math.ceil(round(100 * line["state_bytes"] / row_bytes, 6)))
+            self.assertLessEqual(line["max_error_seen"], line["max_error"])
+
+    def test_picture(self):
+        picture = self.path("x.svg")
+        lines = self.measure(["--kind", "bf16", "fp8", "int4", "lsh", "drop", "--max-error", "0.05",
+                              "0.1", "0.2", "--synthetic-rows", "300", "--dtype", "fp32", "--plot",
+                              picture])
+        root = xml.etree.ElementTree.parse(picture).getroot()
+        tag = "{http://www.w3.org/2000/svg}"
+        texts = [text.text for text in root.iter(tag + "text")]
+        for name in ("bf16", "fp8", "int4", "lsh batch channels C128", "drop", "bits per element",
+                     "mean relative error", "Codecs on synthetic"):
+            self.assertEqual(texts.count(name), 1, name)
+        # The three bounds of lsh, where the axes' own numbers say.
+        places = {text.text: (float(text.get("x")), float(text.get("y")))
+                  for text in root.iter(tag + "text")}
+        zero, ten = places["0"][0], places["10"][0]
+        low, high = places["0.01"][1], places["0.1"][1]
+        polyline, = root.iter(tag + "polyline")
+        points = [tuple(map(float, point.split(","))) for point in polyline.get("points").split()]
+        lsh = sorted((line["bits_per_element"], line["mean_error"]) for line in lines
+                     if line["kind"] == "lsh")
+        self.assertEqual(len(points), 3)
+        for (x, y), (bits, error) in zip(points, lsh):
+            self.assertAlmostEqual(x, zero + (ten - zero) * bits / 10, delta=0.2)
+            want = low + (high - low) * (math.log10(error) + 2) - 4  # numbers stand a little lower
+            self.assertAlmostEqual(y, want, delta=0.2)
+
+    def test_refuses(self):
+        source = self.write("x.npy", npy(gaussian(20, 8), "<f4"))
+        for args, text in (
+                (["--plot", "x.png"], "does not end in .svg"),
+                (["--state", "learned"], "state learned needs --fit-rows"),
+                (["--fit-rows", "20"], "leaves none to measure"),
+                (["--transform", "basis", "--kind", "lsh"], "no combination"),
+                (["--kind", "fp9"], "unknown codec kind 'fp9'"),
+                (["--kind", "drop", "--rate", "0"], "must be above 0"),
+                (["--dtype", "fp16"], "unknown dtype 'fp16'"),
+                (["--json", "/nowhere/x.json"], "/nowhere")):
+            job = self.run_bench(["--input", source, "--repeat", "1", *args])
+            self.assertEqual(job.returncode, 1, args)
+            self.assertIn(text, job.stderr)
+        for descr in "<i4", ">f4", "<V4":
+            job = self.run_bench(["--input", self.write("y.npy", npy(gaussian(3, 4), descr))])
+            self.assertEqual(job.returncode, 1)
+            self.assertIn("holds no little-endian float16, float32 or bfloat16", job.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()
