@@ -164,7 +164,8 @@ std::vector<Case> lsh_cases(const BenchOptions& o) {
         }
         for (const int64_t refine : o.refines) {
           for (const int64_t clusters : o.max_clusters) {
-            c->refine = refine;
+            // Nothing to refine without clusters.
+            c->refine = clusters > 0 || restore == "source" ? std::optional(refine) : std::nullopt;
             // restore=source without refinement sends every bucket.
             if (restore == "expert" || refine > 0) c->max_clusters = clusters;
             c->codec.refine(refine).max_clusters(clusters);

@@ -68,8 +68,7 @@ TEST(E4m3, RoundsAsTorchDoes) {
   }
 }
 
-// Rows against the formulas
-// ------------------------------------------------------------------------
+// Rows against the formulas -----------------------------------------------------------------------
 
 struct Coded {
   at::Tensor rows;
@@ -198,6 +197,22 @@ TEST(Int4, RowsAreTheFormulaAndTheirScalesTheBest) {
   EXPECT_LT(code(gaussian(200, 384, 6), "int4").stats.mean_relative_error, 0.107);
 }
 
+TEST(Int4, StochasticScalesCutNothingOff) {
+  const at::Tensor x = gaussian(300, 128, 9);
+  const Coded coded = code(x, CodecOptions().kind("int4").rounding("stochastic"));
+  for (int64_t i = 0; i < 300; ++i) {
+    const auto bits =
+        static_cast<uint32_t>(field<uint16_t>(coded.parcel.data() + 40 + i * 66, 0) & 0xFFFE);
+    const double scale = 65536.0 * std::bit_cast<float>(bits << 16);
+    std::vector<double> row;
+    for (int64_t j = 0; j < 128; ++j) row.push_back(x[i][j].item<double>());
+    double largest = 0;
+    for (const double z : rotated(row)) largest = std::max(largest, std::abs(z));
+    EXPECT_GE(7 * scale, largest * (1 - 1e-6));
+    EXPECT_LE(7 * scale, largest * 1.03);
+  }
+}
+
 TEST(Int4, HadamardOfEverySize) {
   for (std::size_t n = 1; n <= 128; n *= 2) {
     std::mt19937 random(2);
@@ -308,8 +323,49 @@ TEST_P(Rows, RefusesNanAndInf) {
   }
 }
 
-// Stochastic rounding
-// -------------------------------------------------------------------------------
+TEST_P(Rows, RefusesCodesAndScalesThatAreNeverWritten) {
+  const std::string kind = GetParam();
+  const CodecOptions options = CodecOptions().kind(kind);
+  const int64_t hidden = 7;
+  const std::vector<uint8_t> parcel = code(gaussian(2, hidden, 3), options).parcel;
+  const auto size = static_cast<std::size_t>(row_bytes(kind, hidden));
+  const auto refused = [&](std::size_t at, const std::vector<uint8_t>& bytes) {
+    std::vector<uint8_t> damaged = parcel;
+    std::copy(bytes.begin(), bytes.end(), damaged.begin() + 40 + static_cast<int64_t>(size + at));
+    testing::reseal(damaged.data(), damaged.size());
+    try {
+      const auto length = static_cast<int64_t>(damaged.size());
+      static_cast<void>(
+          make_codec(options, {hidden})->decode(testing::to_tensor(damaged), {length}));
+    } catch (const InvalidArgument& error) {
+      return std::string(error.what()).find("decode: row 1 of kind " + kind) == 0;
+    }
+    return false;
+  };
+  EXPECT_FALSE(refused(size - 1, {1}));             // another value, no more
+  const std::size_t high = kind == "int4" ? 0 : 2;  // the upper half of the scale
+  EXPECT_TRUE(refused(high, {0xC0, 0x7F}));         // NaN
+  EXPECT_TRUE(refused(high, {0x80, 0x7F}));         // Inf
+  EXPECT_TRUE(refused(high, {0x80, 0x79}));         // 2^116: sums might leave fp32
+  EXPECT_FALSE(refused(high, {0x80, 0x70}));        // 2^98
+  std::vector<uint8_t> zero(high + 2, 0);
+  EXPECT_FALSE(refused(0, zero));
+  zero.back() = 0x80;
+  EXPECT_TRUE(refused(0, zero));  // -0
+  if (kind == "fp8") {
+    EXPECT_TRUE(refused(size - 1, {0x7F}));
+    EXPECT_TRUE(refused(size - 1, {0xFF}));
+    EXPECT_FALSE(refused(size - 1, {0x7E}));
+  } else if (kind == "int8") {
+    EXPECT_TRUE(refused(size - 1, {0x80}));
+    EXPECT_FALSE(refused(size - 1, {0x81}));
+  } else {
+    EXPECT_TRUE(refused(size - 1, {0x10}));  // in the padding
+    EXPECT_TRUE(refused(0, {1, 0}));         // 0 with a sign to turn
+  }
+}
+
+// Stochastic rounding -----------------------------------------------------------------------------
 
 TEST_P(Rows, StochasticRoundingHasNoBias) {
   constexpr int kDraws = 4000;
