@@ -14,6 +14,7 @@
 #include "lshmoe/compress/clusters.hpp"
 #include "lshmoe/compress/learned_state.hpp"
 #include "lshmoe/compress/noise.hpp"
+#include "lshmoe/compress/phases.hpp"
 #include "lshmoe/compress/row_coder.hpp"
 #include "lshmoe/compress/state_coder.hpp"
 #include "lshmoe/kernels/lsh.hpp"
@@ -354,6 +355,7 @@ class LshCodec final : public Codec {
   // The group's rows as fp32 and their norms; refuses NaN and Inf.
   void load(const Source& source, int64_t first, int64_t rows, Workspace& work) const {
     const int64_t hidden = context().hidden_size;
+    const PhaseTimer timer(Phase::load, static_cast<int64_t>(sizeof(T) + 4) * rows * hidden);
     work.x.resize(static_cast<std::size_t>(rows * hidden));
     work.norm.resize(static_cast<std::size_t>(rows));
     for (int64_t i = 0; i < rows; ++i) {
@@ -375,6 +377,7 @@ class LshCodec final : public Codec {
   double project(int64_t rows, const float* mean, Workspace& work) const {
     const int64_t hidden = context().hidden_size;
     const int64_t columns = options().projection();
+    const PhaseTimer timer(Phase::project, 4 * (rows + columns) * hidden + 4 * rows * columns);
     work.z.resize(static_cast<std::size_t>(rows * columns));
     kernels::multiply(work.z.data(), work.x.data(), projection_.data(), rows, hidden, columns);
     std::vector<float> centre(static_cast<std::size_t>(columns));
@@ -510,6 +513,7 @@ class LshCodec final : public Codec {
       const float* natural = work.x.data() + i * hidden;
       const float* x = natural;
       if (order != nullptr) {
+        const PhaseTimer timer(Phase::order, 12 * hidden);
         for (int64_t j = 0; j < hidden; ++j)
           work.row[static_cast<std::size_t>(j)] = natural[order[j]];
         x = work.row.data();
@@ -608,6 +612,7 @@ class LshCodec final : public Codec {
                  ? i
                  : static_cast<std::size_t>(learned.number[static_cast<std::size_t>(first) + i]);
     };
+    const PhaseTimer timer(Phase::assemble);
     std::size_t bytes = 0;
     for (std::size_t i = 0; i < n; ++i) bytes += coded.bytes(number(i));
     // A group that its own parcel explains in less, like one of equal rows, or after a change that
@@ -655,6 +660,7 @@ class LshCodec final : public Codec {
   // Bits, as Plan counts them, of a parcel that explains itself and has no clusters; from a
   // sample of the rows.
   double explained_bits(const Source& source, int64_t first, int64_t rows) const {
+    const PhaseTimer timer(Phase::plan);
     constexpr int64_t kSample = 64;
     const int64_t stride = std::max<int64_t>(1, rows / kSample);
     std::vector<std::int64_t> sample;
@@ -681,6 +687,7 @@ class LshCodec final : public Codec {
 
   Plan choose_plan(int64_t rows, const StepCode& steps, Workspace& work,
                    RowCoder<float>& base_coder, bool clusters) const {
+    const PhaseTimer timer(Phase::plan);
     const int64_t hidden = context().hidden_size;
     const auto n = static_cast<std::size_t>(rows);
     const std::int64_t bands = base_coder.layout().bands;
@@ -911,6 +918,7 @@ class LshCodec final : public Codec {
         coder.decode(to, record, payload, left, base);
       } else {
         coder.decode(ordered.data(), record, payload, left, base);
+        const PhaseTimer timer(Phase::scatter, static_cast<int64_t>(2 * sizeof(T) + 4) * hidden);
         for (std::size_t j = 0; j < ordered.size(); ++j) to[order[j]] = ordered[j];
       }
       payload += bytes;

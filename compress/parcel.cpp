@@ -4,6 +4,7 @@
 #include <cstring>
 #include <string>
 
+#include "lshmoe/compress/phases.hpp"
 #include "lshmoe/kernels/checksum.hpp"
 #include "lshmoe/runtime/error.hpp"
 
@@ -41,6 +42,7 @@ std::uint8_t dtype_code(at::ScalarType dtype) {
 }
 
 std::uint32_t parcel_checksum(std::span<const std::uint8_t> parcel) {
+  const PhaseTimer timer(Phase::checksum, static_cast<std::int64_t>(parcel.size()));
   // The header without the field itself seeds the rest.
   const std::uint32_t head = kernels::checksum(parcel.data(), kChecksumOffset);
   return kernels::checksum(parcel.data() + ParcelHeader::kBytes,

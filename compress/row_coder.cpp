@@ -5,6 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "lshmoe/compress/phases.hpp"
 #include "lshmoe/kernels/rows.hpp"
 #include "lshmoe/runtime/error.hpp"
 
@@ -111,8 +112,12 @@ std::size_t RowCoder<T>::encode(std::uint8_t* record, std::uint8_t* payload, con
   }
   // The receiver's own arithmetic decides; the slack covers another order of these double sums.
   const double allowed = bound * (1 - 1e-12);
-  for (std::int64_t j = 0; j < hidden; ++j) residual_[j] = x[j] - base[j];
-  const double left = std::sqrt(kernels::squared_norm(residual_.data(), hidden));
+  double left = 0;
+  {
+    const PhaseTimer timer(Phase::order, 12 * hidden);
+    for (std::int64_t j = 0; j < hidden; ++j) residual_[j] = x[j] - base[j];
+    left = std::sqrt(kernels::squared_norm(residual_.data(), hidden));
+  }
   const float* offset = offset_.empty() ? nullptr : offset_.data();
   // With noise even a small residual counts, or the rows' mean would not be kept.
   if (left <= bound && offset == nullptr) {
@@ -128,14 +133,20 @@ std::size_t RowCoder<T>::encode(std::uint8_t* record, std::uint8_t* payload, con
   }
   // Rounding (adding the base back, the cast to T) may break a bound that the estimate kept:
   // smaller steps are tried, further and further down, then the row goes whole.
-  std::uint16_t code =
-      bound > 0 ? steps_.below(kernels::search_step(residual_.data(), hidden, bound, offset))
-                : steps_.zero_row();
+  std::uint16_t code = steps_.zero_row();
+  if (bound > 0) {
+    const PhaseTimer timer(Phase::step_search, 4 * hidden);
+    code = steps_.below(kernels::search_step(residual_.data(), hidden, bound, offset));
+  }
   for (int attempt = 0; attempt < 6 && steps_.is_step(code); ++attempt) {
     const float step = steps_.value(code);
-    if (!kernels::quantize(q_.data(), residual_.data(), hidden, step, offset)) break;
-    *error = std::sqrt(kernels::reconstruction_error<Received>(x, base, q_.data(), hidden, step));
+    {
+      const PhaseTimer timer(Phase::quantize, 16 * hidden);
+      if (!kernels::quantize(q_.data(), residual_.data(), hidden, step, offset)) break;
+      *error = std::sqrt(kernels::reconstruction_error<Received>(x, base, q_.data(), hidden, step));
+    }
     if (*error <= allowed) {
+      const PhaseTimer timer(Phase::pack, 4 * hidden);
       const std::int64_t bits = kernels::choose_alphabets(index_.data(), q_.data(), hidden);
       const auto bytes = static_cast<std::size_t>((bits + 7) / 8);
       if (bytes >= layout_.whole_bytes) break;
@@ -219,8 +230,13 @@ void RowCoder<T>::decode(Received* out, const std::uint8_t* record, const std::u
     if (bytes > 0) std::memcpy(padded_.data(), payload, bytes);
     payload = padded_.data();
   }
-  LSHMOE_VALIDATE(kernels::unpack_bands(q_.data(), payload, hidden, index_.data()),
-                  "decode: a row's payload holds a number out of its range (damaged parcel)");
+  {
+    const PhaseTimer timer(Phase::unpack, 4 * hidden + static_cast<std::int64_t>(bytes));
+    LSHMOE_VALIDATE(kernels::unpack_bands(q_.data(), payload, hidden, index_.data()),
+                    "decode: a row's payload holds a number out of its range (damaged parcel)");
+  }
+  const PhaseTimer timer(Phase::reconstruct,
+                         static_cast<std::int64_t>(8 + sizeof(Received)) * hidden);
   const float step = steps_.value(code);
   for (std::int64_t j = 0; j < hidden; ++j) {
     out[j] = kernels::reconstruct<Received>(base[j], q_[j], step);

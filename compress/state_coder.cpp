@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "lshmoe/compress/noise.hpp"
+#include "lshmoe/compress/phases.hpp"
 #include "lshmoe/kernels/lsh.hpp"
 #include "lshmoe/runtime/error.hpp"
 
@@ -47,6 +48,7 @@ at::Tensor StateCoder<T>::coefficients(const float* x, const std::vector<std::in
     for (std::int64_t j = 0; j < hidden; ++j) r[j] = from[j] - base[j];
     r += hidden;
   }
+  const PhaseTimer timer(Phase::product, 4 * hidden * (2 * residual.size(0) + hidden));
   return at::mm(residual, state_.inverse);
 }
 
@@ -95,15 +97,22 @@ StateRows StateCoder<T>::encode(const float* x, std::int64_t rows, const double*
   out.whole.assign(n, false);
   if (state_.centroids > 0 && rows > 0) {
     std::vector<float> z(n * static_cast<std::size_t>(columns));
-    kernels::multiply(z.data(), x, projection_.data(), rows, hidden, columns);
-    for (std::size_t i = 0; i < z.size(); ++i)
-      z[i] -= state_.mean_z[i % static_cast<std::size_t>(columns)];
+    {
+      const PhaseTimer timer(Phase::project, 4 * (rows + columns) * hidden + 4 * rows * columns);
+      kernels::multiply(z.data(), x, projection_.data(), rows, hidden, columns);
+      for (std::size_t i = 0; i < z.size(); ++i)
+        z[i] -= state_.mean_z[i % static_cast<std::size_t>(columns)];
+    }
     std::vector<std::int64_t> nearest(n);
     std::vector<float> scratch(
         static_cast<std::size_t>(kernels::nearest_scratch(state_.centroids, columns)));
-    kernels::nearest_centroid(nearest.data(), nullptr, scratch.data(), z.data(),
-                              state_.centroids_z.data(), rows, state_.centroids, columns,
-                              /*or_none=*/true);
+    {
+      const PhaseTimer timer(Phase::nearest, 4 * (rows + state_.centroids) * columns + 8 * rows);
+      kernels::nearest_centroid(nearest.data(), nullptr, scratch.data(), z.data(),
+                                state_.centroids_z.data(), rows, state_.centroids, columns,
+                                /*or_none=*/true);
+    }
+    const PhaseTimer timer(Phase::plan);
     const auto id_bits = static_cast<std::int64_t>(8 * centroid_id_bytes(state_.centroids));
     const std::int64_t samples = (rows + std::max<std::int64_t>(1, rows / kSampleRows) - 1) /
                                  std::max<std::int64_t>(1, rows / kSampleRows);
@@ -153,6 +162,7 @@ StateRows StateCoder<T>::encode(const float* x, std::int64_t rows, const double*
     } else {
       const float* coded = natural;
       if (!state_.order.empty()) {
+        const PhaseTimer timer(Phase::order, 12 * hidden);
         for (std::size_t j = 0; j < ordered.size(); ++j) ordered[j] = natural[state_.order[j]];
         coded = ordered.data();
       }
@@ -200,7 +210,13 @@ void StateCoder<T>::decode_with_basis(T* out, const std::int64_t* to, std::int64
       payload += bytes;
       left -= bytes;
     }
-    const at::Tensor residual = at::mm(values, state_.basis);
+    at::Tensor residual;
+    {
+      const PhaseTimer timer(Phase::product, 4 * hidden * (2 * block + hidden));
+      residual = at::mm(values, state_.basis);
+    }
+    const PhaseTimer timer(Phase::scatter,
+                           static_cast<std::int64_t>(8 + sizeof(T)) * block * hidden);
     const float* r = residual.const_data_ptr<float>();
     for (std::int64_t i = 0; i < block; ++i, r += hidden) {
       if (base[static_cast<std::size_t>(i)] < 0) continue;

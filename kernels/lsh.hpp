@@ -58,11 +58,10 @@ std::int64_t group_by_key(std::int64_t* order, std::int64_t* offsets, const std:
 void segment_mean(float* out, const float* x, const std::int64_t* order,
                   const std::int64_t* offsets, std::int64_t segments, std::int64_t columns);
 
-/// Rows that nearest_centroid scores at a time, and the floats it needs as scratch.
-inline constexpr std::int64_t kNearestRows = 64;
+/// The floats that nearest_centroid needs as scratch.
 constexpr std::int64_t nearest_padded(std::int64_t count) { return (count + 15) / 16 * 16; }
 constexpr std::int64_t nearest_scratch(std::int64_t count, std::int64_t columns) {
-  return (columns + 1 + kNearestRows) * nearest_padded(count);
+  return (columns + 1) * nearest_padded(count);
 }
 
 /// nearest [rows]: the centroid of least |z - c|^2, the first on ties, out of centroids

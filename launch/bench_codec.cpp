@@ -3,10 +3,12 @@
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <array>
 #include <boost/program_options.hpp>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <filesystem>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -16,6 +18,7 @@
 
 #include "lshmoe/comm/self/self.hpp"
 #include "lshmoe/compress/codec.hpp"
+#include "lshmoe/compress/phases.hpp"
 #include "lshmoe/launch/bench_formats.hpp"
 #include "lshmoe/launch/npy.hpp"
 #include "lshmoe/launch/plot.hpp"
@@ -35,6 +38,7 @@ struct BenchOptions {
   string input, dtype, json, plot;
   int64_t first_row = 0, fit_rows = 0, synthetic_rows = 0, hidden_size = 0, group_rows = 0,
           repeat = 0;
+  bool phases = false;
   // Every combination that makes sense is one row of the table.
   std::vector<string> kinds, states, restores, references, transforms;
   std::vector<double> max_errors, rates;
@@ -68,11 +72,16 @@ struct Case {
   }
 };
 
+/// Medians, phase by phase; those that took no time left out.
+using Phases = std::vector<std::pair<Phase, PhaseCost>>;
+
 struct Result {
   int64_t bytes = 0, clusters = 0, state_bytes = 0;
   double mean_error = 0, p99_error = 0, max_error_seen = 0;
   // Of all rows; not known for what only makes a round trip.
   std::optional<double> encode_seconds, decode_seconds;
+  Phases encode_phases, decode_phases;  // with --phases
+  double product_seconds = 0;           // of the basis products of all rows, alone
 };
 
 /// The rows measured and those a state is fitted to.
@@ -241,7 +250,45 @@ void set_errors(Result& result, const Rows& rows, const at::Tensor& received, bo
   result.p99_error = relative[std::llround(0.99 * last)].item<double>();
 }
 
-Result measure_codec(const Case& c, const Rows& rows, int64_t repeat) {
+/// Runs `part` `repeat` times, timed by phases.
+template <class Part>
+Phases measure_phases(int64_t repeat, Part part) {
+  std::array<std::vector<double>, kPhases> seconds;
+  Phases phases;
+  for (int64_t i = 0; i < repeat; ++i) {
+    PhaseRecorder recorder;
+    part();
+    const auto costs = recorder.costs();
+    for (std::size_t p = 0; p < kPhases; ++p) {
+      seconds[p].push_back(costs[p].seconds);
+      if (i + 1 < repeat || median(seconds[p]) == 0) continue;
+      phases.push_back({static_cast<Phase>(p), {median(seconds[p]), costs[p].bytes}});
+    }
+  }
+  return phases;
+}
+
+/// Seconds of rows times a square matrix, group by group, there and back.
+double time_products(const Rows& rows, int64_t repeat) {
+  const int64_t hidden = rows.x.size(1);
+  const at::Tensor square = at::randn({hidden, hidden});
+  std::vector<std::pair<at::Tensor, at::Tensor>> groups;
+  for (const at::Tensor& group : rows.x.to(at::kFloat).split_with_sizes(rows.groups)) {
+    groups.emplace_back(group, at::zeros_like(group));
+  }
+  std::vector<double> seconds;
+  for (int64_t i = 0; i < repeat; ++i) {
+    seconds.push_back(time([&] {
+      for (auto& [group, out] : groups) {
+        at::mm_out(out, group, square);
+        at::mm_out(out, group, square);
+      }
+    }));
+  }
+  return median(seconds);
+}
+
+Result measure_codec(const Case& c, const Rows& rows, int64_t repeat, bool phases) {
   CodecContext context;
   context.hidden_size = rows.x.size(1);
   context.dtype = rows.x.scalar_type();
@@ -265,6 +312,13 @@ Result measure_codec(const Case& c, const Rows& rows, int64_t repeat) {
   result.state_bytes = codec->state_stats().state_bytes;
   result.encode_seconds = median(encode_seconds);
   result.decode_seconds = median(decode_seconds);
+  if (phases) {
+    result.encode_phases =
+        measure_phases(repeat, [&] { encoded = codec->encode(rows.x, rows.groups); });
+    result.decode_phases = measure_phases(
+        repeat, [&] { decoded = codec->decode(encoded.bytes, encoded.bytes_per_group); });
+    if (c.transform == "basis") result.product_seconds = time_products(rows, repeat);
+  }
   // restore=source: what arrives are centroids, and a row is taken for its own.
   const at::Tensor received =
       c.restore == "source" ? decoded.rows.index_select(0, encoded.assignment) : decoded.rows;
@@ -368,6 +422,51 @@ Line report(const Case& c, const Result& result, const Rows& rows, const Result&
   return line;
 }
 
+/// Bytes a second that memcpy reads and writes, beyond the caches.
+double copy_bandwidth() {
+  std::vector<char> from(std::size_t{64} << 20, 1), to(from.size());
+  std::vector<double> seconds;
+  for (int i = 0; i < 9; ++i) {
+    from[0] = to[to.size() / 2];
+    seconds.push_back(time([&] { std::memcpy(to.data(), from.data(), from.size()); }));
+  }
+  return 2 * static_cast<double>(from.size()) / median(seconds);
+}
+
+/// A table below the codec's row, and the same for machines.
+nlohmann::ordered_json report_phases(const Result& result, const Rows& rows, double bandwidth) {
+  nlohmann::ordered_json json;
+  const double raw = static_cast<double>(rows.x.nbytes());
+  std::printf("    %-7s %-12s %9s %6s %9s %9s %8s\n", "", "phase", "ms", "share", "MB/s", "GB/s",
+              "of copy");
+  const auto table = [&](const char* name, const Phases& phases) {
+    double sum = 0;
+    for (const auto& [phase, cost] : phases) sum += cost.seconds;
+    for (const auto& [phase, cost] : phases) {
+      nlohmann::ordered_json& one = json[name][string(name_of(phase))];
+      one["ms"] = 1e3 * cost.seconds;
+      one["mb_s"] = 1e-6 * raw / cost.seconds;
+      std::printf("    %-7s %-12s %9.3f %5.1f%% %9.0f", name, string(name_of(phase)).c_str(),
+                  1e3 * cost.seconds, 100 * cost.seconds / sum, 1e-6 * raw / cost.seconds);
+      if (cost.bytes > 0) {
+        const double moved = static_cast<double>(cost.bytes) / cost.seconds;
+        one["bytes"] = cost.bytes;
+        one["of_copy"] = moved / bandwidth;
+        std::printf(" %9.2f %7.0f%%", 1e-9 * moved, 100 * moved / bandwidth);
+      }
+      std::printf("\n");
+    }
+  };
+  table("encode", result.encode_phases);
+  table("decode", result.decode_phases);
+  if (result.product_seconds > 0) {
+    json["products_alone_ms"] = 1e3 * result.product_seconds;
+    std::printf("    both products alone %14.3f ms, %.0f%% of encode + decode\n",
+                1e3 * result.product_seconds, 100 * result.product_seconds / *seconds_of(result));
+  }
+  return json;
+}
+
 template <class T>
 po::typed_value<std::vector<T>>* list(std::vector<T>& variable, const std::vector<T>& defaults,
                                       const string& text) {
@@ -413,7 +512,9 @@ void add_options(OptionParser& parser, BenchOptions& o) {
   parser.group("Output").add_options()("json", po::value(&o.json)->value_name("FILE"),
                                        "one object a line for each row of the table")(
       "plot", po::value(&o.plot)->value_name("FILE.svg"),
-      "a picture: bits per element against mean relative error");
+      "a picture: bits per element against mean relative error")(
+      "phases", po::bool_switch(&o.phases),
+      "where the time goes: what each phase reads and writes, beside memcpy");
 }
 
 void check(BenchOptions& o) {
@@ -461,14 +562,19 @@ void bench_codec(int argc, const char* const* argv) {
   Case fp8;
   fp8.kind = "fp8";
   fp8.codec.kind("fp8");
-  const Result fp8_result = measure_codec(fp8, rows, o.repeat);
+  const Result fp8_result = measure_codec(fp8, rows, o.repeat, o.phases);
+  const double bandwidth = o.phases ? copy_bandwidth() : 0;
+  if (o.phases) std::printf("memcpy reads and writes %.1f GB/s\n", 1e-9 * bandwidth);
   string json;
   std::vector<PlotSeries> series;
   for (const Case& c : cases) {
     const Result result = c.kind == "fp8"  ? fp8_result
-                          : c.is_library() ? measure_codec(c, rows, o.repeat)
+                          : c.is_library() ? measure_codec(c, rows, o.repeat, o.phases)
                                            : measure_format(c, rows);
-    const Line line = report(c, result, rows, fp8_result);
+    Line line = report(c, result, rows, fp8_result);
+    if (!result.encode_phases.empty()) {
+      line.json["phases"] = report_phases(result, rows, bandwidth);
+    }
     json += line.json.dump() + "\n";
     const string name = c.name();
     auto at = std::find_if(series.begin(), series.end(),

@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
+#include <limits>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 namespace lshmoe::kernels {
@@ -17,41 +20,50 @@ std::uint64_t splitmix64(std::uint64_t& state) {
 // Eight floats that stay in one register; loops over arrays of them do not get unrolled into stack
 // traffic as loops over floats do.
 using Vector = float __attribute__((vector_size(32)));
+using IntVector = std::int32_t __attribute__((vector_size(32)));
 // The same at any address of a float.
 using LooseVector = float __attribute__((vector_size(32), aligned(4), may_alias));
 constexpr int kVector = 8;
+// Columns of a matrix that are multiplied at a time, one after another in memory: [inner, kPanel].
+constexpr int kPanel = 2 * kVector;
+constexpr int kTileRows = 4;
+// Rows of a panel that stay in the first-level cache, rows of x that stay in the second.
+constexpr std::int64_t kInnerBlock = 256, kRowBlock = 64;
 
-// out [kRows, kVectors * 8] of one tile; the sums stay in registers.
-template <int kRows, int kVectors>
-void multiply_tile(float* out, const float* x, const float* matrix, std::int64_t inner,
-                   std::int64_t columns) {
-  Vector sum[kRows][kVectors] = {};
-  for (std::int64_t k = 0; k < inner; ++k) {
-    Vector row[kVectors];
-    for (int j = 0; j < kVectors; ++j) {
-      row[j] = *reinterpret_cast<const LooseVector*>(matrix + k * columns + j * kVector);
-    }
-    for (int i = 0; i < kRows; ++i) {
-      for (int j = 0; j < kVectors; ++j) sum[i][j] += x[i * inner + k] * row[j];
-    }
-  }
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kVectors; ++j) {
-      *reinterpret_cast<LooseVector*>(out + i * columns + j * kVector) = sum[i][j];
-    }
-  }
+// One row of a panel, or of sums for it.
+struct PanelRow {
+  Vector half[2];
+};
+PanelRow load(const float* from) {
+  return {{*reinterpret_cast<const LooseVector*>(from),
+           *reinterpret_cast<const LooseVector*>(from + kVector)}};
 }
 
-template <int kVectors>
-void multiply_columns(float* out, const float* x, const float* matrix, std::int64_t rows,
-                      std::int64_t inner, std::int64_t columns) {
+// sum [kRows] += x [kRows, inner] panel [inner, kPanel]; the sums stay in registers.
+template <int kRows>
+void add_products(PanelRow* sum, const float* x, std::int64_t stride, const float* panel,
+                  std::int64_t inner) {
+  PanelRow s[kRows];
+  for (int i = 0; i < kRows; ++i) s[i] = sum[i];
+  for (std::int64_t k = 0; k < inner; ++k) {
+    const PanelRow row = load(panel + k * kPanel);
+    for (int i = 0; i < kRows; ++i) {
+      const float value = x[i * stride + k];
+      s[i].half[0] += value * row.half[0];
+      s[i].half[1] += value * row.half[1];
+    }
+  }
+  for (int i = 0; i < kRows; ++i) sum[i] = s[i];
+}
+
+// Calls part(first, kRows as a constant) for the rows 0 .. rows, a tile at a time.
+template <class Part>
+void for_tiles(std::int64_t rows, Part part) {
   std::int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) {
-    multiply_tile<4, kVectors>(out + i * columns, x + i * inner, matrix, inner, columns);
+  for (; i + kTileRows <= rows; i += kTileRows) {
+    part(i, std::integral_constant<int, kTileRows>());
   }
-  for (; i < rows; ++i) {
-    multiply_tile<1, kVectors>(out + i * columns, x + i * inner, matrix, inner, columns);
-  }
+  for (; i < rows; ++i) part(i, std::integral_constant<int, 1>());
 }
 }  // namespace
 
@@ -91,20 +103,37 @@ void random_orthonormal(float* out, std::int64_t rows, std::int64_t columns, std
 
 void multiply(float* out, const float* x, const float* matrix, std::int64_t rows,
               std::int64_t inner, std::int64_t columns) {
-  std::int64_t j = 0;
-  for (; j + 2 * kVector <= columns; j += 2 * kVector) {
-    multiply_columns<2>(out + j, x, matrix + j, rows, inner, columns);
-  }
-  for (; j + kVector <= columns; j += kVector) {
-    multiply_columns<1>(out + j, x, matrix + j, rows, inner, columns);
-  }
-  for (; j < columns; ++j) {
-    for (std::int64_t i = 0; i < rows; ++i) {
-      float sum = 0;
-      for (std::int64_t k = 0; k < inner; ++k) sum += x[i * inner + k] * matrix[k * columns + j];
-      out[i * columns + j] = sum;
+  const std::int64_t panels = (columns + kPanel - 1) / kPanel;
+  std::vector<float> packed(static_cast<std::size_t>(panels * inner * kPanel));
+  for (std::int64_t k = 0; k < inner; ++k) {
+    for (std::int64_t j = 0; j < columns; ++j) {
+      packed[static_cast<std::size_t>((j / kPanel * inner + k) * kPanel + j % kPanel)] =
+          matrix[k * columns + j];
     }
   }
+  for (std::int64_t first = 0; first < rows; first += kRowBlock) {
+    const std::int64_t block = std::min(kRowBlock, rows - first);
+    for (std::int64_t k = 0; k < inner; k += kInnerBlock) {
+      for (std::int64_t p = 0; p < panels; ++p) {
+        const float* panel = packed.data() + (p * inner + k) * kPanel;
+        const auto width =
+            static_cast<std::size_t>(std::min<std::int64_t>(kPanel, columns - p * kPanel));
+        for_tiles(block, [&](std::int64_t i, auto tile_rows) {
+          float* to = out + (first + i) * columns + p * kPanel;
+          PanelRow sum[tile_rows] = {};
+          for (int r = 0; k > 0 && r < tile_rows; ++r) {
+            std::memcpy(&sum[r], to + r * columns, width * sizeof(float));
+          }
+          add_products<tile_rows>(sum, x + (first + i) * inner + k, inner, panel,
+                                  std::min(kInnerBlock, inner - k));
+          for (int r = 0; r < tile_rows; ++r) {
+            std::memcpy(to + r * columns, &sum[r], width * sizeof(float));
+          }
+        });
+      }
+    }
+  }
+  if (inner == 0) std::fill(out, out + rows * columns, 0.0F);
 }
 
 void bucket_keys(std::uint64_t* keys, const float* z, std::int64_t rows, std::int64_t stride,
@@ -144,41 +173,63 @@ void segment_mean(float* out, const float* x, const std::int64_t* order,
 void nearest_centroid(std::int64_t* nearest, float* distance, float* scratch, const float* z,
                       const float* centroids, std::int64_t rows, std::int64_t count,
                       std::int64_t columns, bool or_none) {
-  // Transposed and filled up with zeros to whole tiles of multiply().
+  // In panels, filled up with centroids that are never the best.
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const std::int64_t padded = nearest_padded(count);
-  float* transposed = scratch;                       // [columns, padded]
-  float* half_norm = transposed + columns * padded;  // [padded]
-  float* score = half_norm + padded;                 // [kNearestRows, padded]
-  std::fill(transposed, transposed + columns * padded, 0.0F);
-  for (std::int64_t k = 0; k < count; ++k) {
+  float* packed = scratch;                       // [padded / kPanel, columns, kPanel]
+  float* half_norm = packed + columns * padded;  // [padded]
+  for (std::int64_t k = 0; k < padded; ++k) {
     float sum = 0;
     for (std::int64_t j = 0; j < columns; ++j) {
-      const float value = centroids[k * columns + j];
-      transposed[j * padded + k] = value;
+      const float value = k < count ? centroids[k * columns + j] : 0.0F;
+      packed[(k / kPanel * columns + j) * kPanel + k % kPanel] = value;
       sum += value * value;
     }
-    half_norm[k] = 0.5F * sum;
+    half_norm[k] = k < count ? 0.5F * sum : kInfinity;
   }
-  for (std::int64_t first = 0; first < rows; first += kNearestRows) {
-    const std::int64_t block = std::min(kNearestRows, rows - first);
-    multiply(score, z + first * columns, transposed, block, columns, padded);
+  const float least = or_none || count == 0 ? 0.0F : -kInfinity;
+  const std::int32_t none = or_none || count == 0 ? -1 : 0;
+  for (std::int64_t first = 0; first < rows; first += kRowBlock) {
+    const std::int64_t block = std::min(kRowBlock, rows - first);
+    // Lane by lane: the best among every 16th centroid.
+    Vector best_score[kRowBlock][2];
+    IntVector best[kRowBlock][2];
+    std::fill_n(&best_score[0][0], 2 * block, Vector{} + least);
+    std::fill_n(&best[0][0], 2 * block, IntVector{} + none);
+    for (std::int64_t k = 0; k < padded; k += kPanel) {
+      const PanelRow norm = load(half_norm + k);
+      const IntVector number = IntVector{0, 1, 2, 3, 4, 5, 6, 7} + static_cast<std::int32_t>(k);
+      for_tiles(block, [&](std::int64_t i, auto tile_rows) {
+        PanelRow sum[tile_rows] = {};
+        add_products<tile_rows>(sum, z + (first + i) * columns, columns, packed + k * columns,
+                                columns);
+        for (int r = 0; r < tile_rows; ++r) {
+          for (int h = 0; h < 2; ++h) {
+            const Vector score = sum[r].half[h] - norm.half[h];
+            const IntVector better = score > best_score[i + r][h];
+            best_score[i + r][h] = better ? score : best_score[i + r][h];
+            best[i + r][h] = better ? number + h * kVector : best[i + r][h];
+          }
+        }
+      });
+    }
     for (std::int64_t i = 0; i < block; ++i) {
-      const float* s = score + i * padded;
-      std::int64_t best = or_none || count == 0 ? -1 : 0;
-      float best_score = best < 0 ? 0.0F : s[0] - half_norm[0];
-      for (std::int64_t k = 0; k < count; ++k) {
-        const float value = s[k] - half_norm[k];
-        if (value > best_score) {
-          best_score = value;
-          best = k;
+      float score = best_score[i][0][0];
+      std::int32_t winner = best[i][0][0];
+      for (int j = 1; j < kPanel; ++j) {
+        const float other = best_score[i][j / kVector][j % kVector];
+        const std::int32_t number = best[i][j / kVector][j % kVector];
+        if (other > score || (other == score && number < winner)) {
+          score = other;
+          winner = number;
         }
       }
-      nearest[first + i] = best;
+      nearest[first + i] = winner;
       if (distance != nullptr) {
         const float* row = z + (first + i) * columns;
         float norm = 0;
         for (std::int64_t j = 0; j < columns; ++j) norm += row[j] * row[j];
-        distance[first + i] = std::max(0.0F, norm - 2 * best_score);
+        distance[first + i] = std::max(0.0F, norm - 2 * score);
       }
     }
   }

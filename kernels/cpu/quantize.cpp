@@ -88,18 +88,23 @@ template <class T>
 double reconstruction_error(const float* x, const float* base, const std::int32_t* q,
                             std::int64_t count, float step) {
   double lane[kLanes] = {};
-  const std::int64_t full = count - count % kLanes;
-  for (std::int64_t i = 0; i < full; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) {
-      const float value = to_float(reconstruct<T>(base[i + j], q[i + j], step));
-      const double error = static_cast<double>(x[i + j]) - static_cast<double>(value);
-      lane[j] += error * error;
+  // Values first, differences then: in one loop the 16-bit values halve the vectors.
+  constexpr std::int64_t kBlock = 128;
+  float value[kBlock];
+  for (std::int64_t first = 0; first < count; first += kBlock) {
+    const std::int64_t block = std::min(kBlock, count - first);
+    for (std::int64_t i = 0; i < block; ++i) {
+      value[i] = to_float(reconstruct<T>(base[first + i], q[first + i], step));
     }
-  }
-  for (std::int64_t i = full; i < count; ++i) {
-    const float value = to_float(reconstruct<T>(base[i], q[i], step));
-    const double error = static_cast<double>(x[i]) - static_cast<double>(value);
-    lane[i - full] += error * error;
+    const auto add = [&](std::int64_t i, int j) {
+      const double error = static_cast<double>(x[first + i]) - static_cast<double>(value[i]);
+      lane[j] += error * error;
+    };
+    const std::int64_t full = block - block % kLanes;
+    for (std::int64_t i = 0; i < full; i += kLanes) {
+      for (int j = 0; j < kLanes; ++j) add(i + j, j);
+    }
+    for (std::int64_t i = full; i < block; ++i) add(i, static_cast<int>(i - full));
   }
   return sum_lanes(lane);
 }

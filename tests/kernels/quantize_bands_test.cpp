@@ -49,6 +49,20 @@ TEST(Alphabets, LeastThatHolds) {
   }
 }
 
+// unpack_bands gives these digits for the number, in both halves of a band.
+bool same_in_a_band(int index, std::uint64_t number, const std::uint32_t* digit) {
+  std::uint8_t stream[24] = {};
+  put_bits(stream, 0, number);
+  put_bits(stream, band_bits(index, 8), number);
+  const auto alphabet = static_cast<std::uint8_t>(index);
+  std::int32_t q[16];
+  bool same = unpack_bands(q, stream, 16, &alphabet);
+  for (int i = 0; i < 16; ++i) {
+    same &= q[i] + half_of(index) == static_cast<std::int32_t>(digit[i % 8]);
+  }
+  return same;
+}
+
 TEST(Digits, SplitUndoesJoin) {
   for (int i = 1; i < kFirstWideAlphabet; ++i) {
     const Alphabet& alphabet = kAlphabetTable.alphabet[i];
@@ -62,7 +76,8 @@ TEST(Digits, SplitUndoesJoin) {
         right &= d == rest % a;
         rest /= a;
       }
-      return right && rest == 0 && join_digits(alphabet, digit) == number;
+      return right && rest == 0 && join_digits(alphabet, digit) == number &&
+             same_in_a_band(i, number, digit);
     };
     // The lower four digits and the upper ones are split alike: all of them once each (a step
     // prime to everything for the large alphabets), then the ends.

@@ -1,0 +1,84 @@
+#pragma once
+// Where the time of encode and decode goes. Nothing is timed, and a thread-local pointer is all
+// that is read, unless a PhaseRecorder is alive in the thread.
+
+#include <array>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+namespace lshmoe {
+
+enum class Phase : std::uint8_t {
+  other,
+  load,         ///< rows to fp32, and their norms
+  plan,         ///< a sample of the rows, clusters: how the group is coded
+  project,      ///< rows times the projection
+  nearest,      ///< nearest centroids in the projection
+  product,      ///< rows times the basis
+  order,        ///< residuals in coding order
+  step_search,  ///< of the largest steps that keep the bounds
+  quantize,     ///< and the check of the true error
+  pack,         ///< alphabets, mixed radix
+  assemble,     ///< rows into parcels
+  checksum,
+  unpack,       ///< alphabets, mixed radix
+  reconstruct,  ///< base + step * q, the cast to the row's dtype
+  scatter,      ///< from coding order to the channels' own
+};
+inline constexpr std::size_t kPhases = static_cast<std::size_t>(Phase::scatter) + 1;
+/// Name as written above.
+[[nodiscard]] std::string_view name_of(Phase phase);
+
+/// bytes: what the phase must read and write, each once. 0: not said.
+struct PhaseCost {
+  double seconds = 0;
+  std::int64_t bytes = 0;
+};
+
+/// Times the phases that run in this thread until it is destroyed; one at a time. Its own time goes
+/// to the phases: about 50 ns a row and phase.
+class PhaseRecorder {
+ public:
+  PhaseRecorder();
+  ~PhaseRecorder();
+  PhaseRecorder(const PhaseRecorder&) = delete;
+  PhaseRecorder& operator=(const PhaseRecorder&) = delete;
+
+  /// Up to now; they sum up to the time since construction.
+  [[nodiscard]] const std::array<PhaseCost, kPhases>& costs();
+
+ private:
+  friend class PhaseTimer;
+  Phase switch_to(Phase phase);
+
+  std::array<PhaseCost, kPhases> costs_{};
+  Phase phase_ = Phase::other;
+  std::chrono::steady_clock::time_point since_;
+};
+
+namespace detail {
+extern constinit thread_local PhaseRecorder* phase_recorder;
+}
+
+/// The time from here to its destruction is the phase's, less that of timers inside.
+class PhaseTimer {
+ public:
+  explicit PhaseTimer(Phase phase, std::int64_t bytes = 0) : recorder_(detail::phase_recorder) {
+    if (recorder_ == nullptr) return;
+    before_ = recorder_->switch_to(phase);
+    recorder_->costs_[static_cast<std::size_t>(phase)].bytes += bytes;
+  }
+  ~PhaseTimer() {
+    if (recorder_ != nullptr) recorder_->switch_to(before_);
+  }
+  PhaseTimer(const PhaseTimer&) = delete;
+  PhaseTimer& operator=(const PhaseTimer&) = delete;
+
+ private:
+  PhaseRecorder* recorder_;
+  Phase before_ = Phase::other;
+};
+
+}  // namespace lshmoe
