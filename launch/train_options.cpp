@@ -103,6 +103,8 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
       "activation", value<string>(o.activation, "gelu"), "of the experts: gelu, relu or swiglu")(
       "shared-expert-size", value<int64_t>(o.shared_expert_size, 0),
       "width of an expert that every token passes; 0: none")(
+      "overlap-degree", value<int64_t>(o.overlap_degree, 1),
+      "chunks of tokens, so that exchanges run beside experts (on a GPU)")(
       "score-function", value<string>(o.score_function, "softmax"), "softmax or sigmoid")(
       "capacity-factor", real(o.capacity_factor, 0, "0"), "0: dropless")(
       "drop-policy", value<string>(o.drop_policy, "probs"),
@@ -172,6 +174,7 @@ LanguageModelOptions model_options(const TrainOptions& o, int64_t vocab_size) {
       .expert_bias_rate(o.expert_bias_rate)
       .shared_expert_size(o.shared_expert_size)
       .codec_on_self(o.codec_on_self)
+      .overlap_degree(o.overlap_degree)
       .codec(forward_codec(o));
   if (!o.compress_backward.empty() || !std::isnan(o.max_error_backward) ||
       !o.rounding_backward.empty()) {

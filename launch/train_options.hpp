@@ -19,7 +19,7 @@ struct TrainOptions {
   int64_t layers, hidden_size, heads, dense_ffn_hidden_size;
   std::string dtype, device;
 
-  int64_t num_experts, ffn_hidden_size, top_k, moe_every, shared_expert_size;
+  int64_t num_experts, ffn_hidden_size, top_k, moe_every, shared_expert_size, overlap_degree;
   std::string activation, score_function, drop_policy;
   double capacity_factor, aux_loss_coeff, z_loss_coeff, expert_bias_rate;
   int64_t ep_size;

@@ -79,7 +79,7 @@ bool bound_by_row(const CodecOptions& codec, Direction direction) {
 }
 
 void add_exchange(StepReport& report, const MoEStats& stats, const MoELayerOptions& layer) {
-  report.seconds.experts += *stats.expert_seconds;
+  report.seconds.experts += stats.expert_time->seconds();
   for (const Direction direction : {Direction::dispatch, Direction::combine,
                                     Direction::combine_backward, Direction::dispatch_backward}) {
     const DirectionStats& d = (*stats.exchange)[direction];
@@ -87,8 +87,8 @@ void add_exchange(StepReport& report, const MoEStats& stats, const MoELayerOptio
     report.bytes_raw += static_cast<double>(d.bytes_raw);
     report.rows += static_cast<double>(d.rows);
     report.clusters += static_cast<double>(d.clusters);
-    report.seconds.codec += d.codec_seconds;
-    report.seconds.alltoall += d.exchange_seconds;
+    report.seconds.codec += d.codec_time.seconds();
+    report.seconds.alltoall += d.exchange_time.seconds();
     if (bound_by_row(layer.codec(direction), direction)) {
       report.max_relative_error = std::max(report.max_relative_error, d.max_relative_error);
     }

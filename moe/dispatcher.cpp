@@ -93,6 +93,7 @@ StateStats Dispatcher::state_stats(Direction direction) const {
   return impl_->context->state_stats(direction);
 }
 
+const std::shared_ptr<ExchangeContext>& Dispatcher::context() const { return impl_->context; }
 const DispatcherOptions& Dispatcher::options() const { return impl_->context->options; }
 int64_t Dispatcher::num_local_experts() const { return impl_->context->num_local_experts(); }
 int64_t Dispatcher::first_local_expert() const {

@@ -11,8 +11,11 @@
 
 #include "lshmoe/comm/groups.hpp"
 #include "lshmoe/compress/codec.hpp"
+#include "lshmoe/moe/phase_timer.hpp"
 
 namespace lshmoe {
+
+class ExchangeContext;
 
 /// What one direction of one forward (and its backward) sent from this rank.
 struct DirectionStats {
@@ -24,8 +27,8 @@ struct DirectionStats {
   int64_t plan_bytes = 0;           ///< sizes, ids, weights, gate gradients sent to other ranks
   double max_relative_error = 0.0;  ///< see CodecStats
   double max_error_ratio = 0.0;
-  double codec_seconds = 0.0;     ///< encode + decode
-  double exchange_seconds = 0.0;  ///< inside the communicator
+  PhaseTimer codec_time;     ///< encode + decode
+  PhaseTimer exchange_time;  ///< inside the communicator
 };
 
 /// Statistics of one forward; the backward adds its directions when it runs, so read them after it.
@@ -114,6 +117,8 @@ class Dispatcher {
   [[nodiscard]] int64_t num_local_experts() const;
   /// Global index of this rank's first expert.
   [[nodiscard]] int64_t first_local_expert() const;
+  /// What its forwards share; see exchange.hpp.
+  [[nodiscard]] const std::shared_ptr<ExchangeContext>& context() const;
 
  private:
   struct Impl;

@@ -3,7 +3,6 @@
 #include <ATen/record_function.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 #include <numeric>
 
@@ -56,21 +55,6 @@ Purpose purpose_of(Direction direction) {
 std::int64_t total(const std::vector<int64_t>& values) {
   return std::accumulate(values.begin(), values.end(), std::int64_t{0});
 }
-
-/// Adds the seconds of its life to a number.
-class Stopwatch {
- public:
-  explicit Stopwatch(double& seconds) : seconds_(seconds) {}
-  Stopwatch(const Stopwatch&) = delete;
-  Stopwatch& operator=(const Stopwatch&) = delete;
-  ~Stopwatch() {
-    seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
-  }
-
- private:
-  double& seconds_;
-  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
-};
 
 /// At least `bytes` bytes of uninitialised memory in `buffer`.
 std::byte* reserve(at::Tensor& buffer, std::int64_t bytes) {
@@ -141,6 +125,15 @@ StateStats ExchangeContext::state_stats(Direction direction) {
   return sum;
 }
 
+Lanes ExchangeContext::lanes(at::Device device) {
+  const std::lock_guard lock(mutex_);
+  if (!device.is_cpu() && (!exchange_stream_ || exchange_stream_->device() != device)) {
+    exchange_stream_ = c10::impl::VirtualGuardImpl(device.type())
+                           .getStreamFromGlobalPool(device, /*isHighPriority=*/true);
+  }
+  return {device, exchange_stream_};
+}
+
 bool ExchangeContext::restores_at_source() const {
   return sends_centroids(options.codec(Direction::dispatch));
 }
@@ -191,7 +184,7 @@ RowsIn Exchange::swap(const RowsOut& out) {
   const Encoded* encoded = out.encoded;
   if (encoded == nullptr) {
     RECORD_FUNCTION("lshmoe::encode", std::vector<c10::IValue>{});
-    const Stopwatch watch(s.codec_seconds);
+    const PhaseTimer::Span span(s.codec_time, out.rows.device());
     Codec& codec = c.codec(out.direction, out.rows.scalar_type());
     made = codec.encode(out.rows, coded_index, coded);
     if (requires_grad) codec.observe(out.rows, coded_index);
@@ -243,7 +236,7 @@ RowsIn Exchange::swap(const RowsOut& out) {
   std::vector<std::byte> peers;
   if (ranks > 1) {
     RECORD_FUNCTION("lshmoe::all_to_all", std::vector<c10::IValue>{});
-    const Stopwatch watch(s.exchange_seconds);
+    const PhaseTimer::Span span(s.exchange_time, out.rows.device());
     peers.resize(headers.size());
     keep_buffer_on_error(headers, [&] {
       comm.all_to_all(headers.data(), peers.data(), header_bytes, Purpose::plan);
@@ -317,7 +310,7 @@ RowsIn Exchange::swap(const RowsOut& out) {
   }
   if (ranks > 1) {
     RECORD_FUNCTION("lshmoe::all_to_all", std::vector<c10::IValue>{});
-    const Stopwatch watch(s.exchange_seconds);
+    const PhaseTimer::Span span(s.exchange_time, out.rows.device());
     std::byte* receive = reserve(c.receive_, received);
     keep_buffer_on_error(send_buffer, [&] {
       comm.all_to_all_v(send, send_bytes, receive, receive_bytes, purpose_of(out.direction));
@@ -336,7 +329,7 @@ RowsIn Exchange::swap(const RowsOut& out) {
 
 void Exchange::unpack(const RowsIn& in, at::Tensor& out, const at::Tensor& index) {
   RECORD_FUNCTION("lshmoe::decode", std::vector<c10::IValue>{});
-  const Stopwatch watch((*stats)[in.direction].codec_seconds);
+  const PhaseTimer::Span span((*stats)[in.direction].codec_time, out.device());
   ExchangeContext& c = *context_;
   const Codec& codec = c.codec(in.direction, out.scalar_type());
   const int64_t ranks = c.ranks(), own = c.comm->rank();

@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -17,6 +18,7 @@
 #include "lshmoe/comm/communicator.hpp"
 #include "lshmoe/compress/codec.hpp"
 #include "lshmoe/moe/dispatcher.hpp"
+#include "lshmoe/moe/lane.hpp"
 
 namespace lshmoe {
 
@@ -37,6 +39,9 @@ class ExchangeContext {
   /// "rank 3", the number being that of the world; for error texts.
   [[nodiscard]] std::string name_of_rank(int64_t rank) const;
 
+  /// The compute stream of `device` and, on a GPU, this context's own stream for exchanges.
+  [[nodiscard]] Lanes lanes(at::Device device);
+
   const DispatcherOptions options;
   const std::shared_ptr<Communicator> comm;
 
@@ -46,6 +51,7 @@ class ExchangeContext {
   std::map<std::pair<Direction, at::ScalarType>, std::shared_ptr<Codec>> codecs_;
   // Kept from call to call: fresh memory costs more than the copies into it.
   at::Tensor send_, receive_;
+  std::optional<at::Stream> exchange_stream_;  // made when first asked for
 };
 
 /// Rows to send. Groups are (destination rank, group of that rank): one group a rank for

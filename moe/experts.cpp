@@ -14,75 +14,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-enum class Activation : int64_t { relu, gelu, swiglu };
-
-Activation activation_named(const std::string& name) {
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  LSHMOE_VALIDATE(name == "swiglu", "unknown activation '", name, "': use relu, gelu or swiglu");
-  return Activation::swiglu;
-}
-
-/// Calls body(expert, first row, rows) for each expert that has rows.
-template <class Body>
-void for_each_block(const std::vector<int64_t>& rows_per_expert, Body body) {
-  int64_t first = 0;
-  for (std::size_t e = 0; e < rows_per_expert.size(); ++e) {
-    if (rows_per_expert[e] > 0) body(static_cast<int64_t>(e), first, rows_per_expert[e]);
-    first += rows_per_expert[e];
-  }
-}
-
-/// out[block e] = in[block e] @ weight[e]^T (+ bias[e]); weight [E, m, n], in [rows, n].
-at::Tensor grouped_linear(const at::Tensor& in, const at::Tensor& weight, const at::Tensor& bias,
-                          const std::vector<int64_t>& rows_per_expert) {
-  at::Tensor out = at::empty({in.size(0), weight.size(1)}, in.options());
-  for_each_block(rows_per_expert, [&](int64_t e, int64_t first, int64_t rows) {
-    at::Tensor block = out.narrow(0, first, rows);
-    const at::Tensor w = weight.select(0, e).t();
-    if (bias.defined()) {
-      at::addmm_out(block, bias.select(0, e), in.narrow(0, first, rows), w);
-    } else {
-      at::mm_out(block, in.narrow(0, first, rows), w);
-    }
-  });
-  return out;
-}
-
-/// d in[block e] = grad[block e] @ weight[e].
-at::Tensor grouped_linear_dx(const at::Tensor& grad, const at::Tensor& weight,
-                             const std::vector<int64_t>& rows_per_expert) {
-  at::Tensor out = at::empty({grad.size(0), weight.size(2)}, grad.options());
-  for_each_block(rows_per_expert, [&](int64_t e, int64_t first, int64_t rows) {
-    at::Tensor block = out.narrow(0, first, rows);
-    at::mm_out(block, grad.narrow(0, first, rows), weight.select(0, e));
-  });
-  return out;
-}
-
-/// d weight[e] = grad[block e]^T @ in[block e]; zeros for an expert without rows.
-at::Tensor grouped_linear_dw(const at::Tensor& grad, const at::Tensor& in,
-                             const std::vector<int64_t>& rows_per_expert) {
-  const auto experts = static_cast<int64_t>(rows_per_expert.size());
-  at::Tensor out = at::zeros({experts, grad.size(1), in.size(1)}, grad.options());
-  for_each_block(rows_per_expert, [&](int64_t e, int64_t first, int64_t rows) {
-    at::Tensor block = out.select(0, e);
-    at::mm_out(block, grad.narrow(0, first, rows).t(), in.narrow(0, first, rows));
-  });
-  return out;
-}
-
-/// d bias[e] = sum of grad[block e] over its rows.
-at::Tensor grouped_linear_db(const at::Tensor& grad, const std::vector<int64_t>& rows_per_expert) {
-  const auto experts = static_cast<int64_t>(rows_per_expert.size());
-  at::Tensor out = at::zeros({experts, grad.size(1)}, grad.options());
-  for_each_block(rows_per_expert, [&](int64_t e, int64_t first, int64_t rows) {
-    at::Tensor block = out.select(0, e);
-    at::sum_out(block, grad.narrow(0, first, rows), {0});
-  });
-  return out;
-}
-
 /// The feed-forward networks of all local experts as one autograd node: whole-tensor activations,
 /// and blocks written in place, where plain autograd would slice, pad and concatenate.
 class GroupedFfn : public torch::autograd::Function<GroupedFfn> {
@@ -92,64 +23,36 @@ class GroupedFfn : public torch::autograd::Function<GroupedFfn> {
                             const std::optional<at::Tensor>& b1, const at::Tensor& w2,
                             const std::optional<at::Tensor>& b2,
                             const std::optional<at::Tensor>& w3,
-                            std::vector<int64_t> rows_per_expert, int64_t activation) {
+                            std::vector<int64_t> rows_per_expert, int64_t activation,
+                            int64_t gemm) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const at::Tensor pre = grouped_linear(x, w1, b1.value_or(at::Tensor()), rows_per_expert);
-    at::Tensor gate, hidden;
-    switch (static_cast<Activation>(activation)) {
-      case Activation::relu:
-        hidden = at::relu(pre);
-        break;
-      case Activation::gelu:
-        hidden = at::gelu(pre);
-        break;
-      case Activation::swiglu:
-        gate = grouped_linear(x, *w3, {}, rows_per_expert);
-        hidden = at::silu(pre).mul_(gate);
-        break;
-    }
-    at::Tensor y = grouped_linear(hidden, w2, b2.value_or(at::Tensor()), rows_per_expert);
-    ctx->save_for_backward({x, w1, w2, w3.value_or(at::Tensor()), pre, gate, hidden});
-    ctx->saved_data["rows_per_expert"] = std::move(rows_per_expert);
+    FfnShape shape{std::move(rows_per_expert), static_cast<Activation>(activation),
+                   static_cast<GroupedGemm>(gemm)};
+    FfnActivations saved;
+    at::Tensor y = ffn_forward(
+        x,
+        {w1, b1.value_or(at::Tensor()), w2, b2.value_or(at::Tensor()), w3.value_or(at::Tensor())},
+        shape, saved);
+    ctx->save_for_backward(
+        {x, w1, w2, w3.value_or(at::Tensor()), saved.pre, saved.gate, saved.hidden});
+    ctx->saved_data["rows_per_expert"] = std::move(shape.rows_per_expert);
     ctx->saved_data["activation"] = activation;
+    ctx->saved_data["gemm"] = gemm;
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     check_first_order();
     const auto saved = ctx->get_saved_variables();
-    const at::Tensor &x = saved[0], &w1 = saved[1], &w2 = saved[2], &w3 = saved[3], &pre = saved[4],
-                     &gate = saved[5], &hidden = saved[6];
-    const auto rows = ctx->saved_data["rows_per_expert"].toIntVector();
-    const auto activation = static_cast<Activation>(ctx->saved_data["activation"].toInt());
-    const at::Tensor gy = grads[0].contiguous();
-    const bool biases = activation != Activation::swiglu;
-
-    const at::Tensor dw2 = grouped_linear_dw(gy, hidden, rows);
-    const at::Tensor db2 = biases ? grouped_linear_db(gy, rows) : at::Tensor();
-    const at::Tensor dhidden = grouped_linear_dx(gy, w2, rows);
-    at::Tensor dpre, dgate;
-    switch (activation) {
-      case Activation::relu:
-        dpre = at::threshold_backward(dhidden, pre, 0);
-        break;
-      case Activation::gelu:
-        dpre = at::gelu_backward(dhidden, pre);
-        break;
-      case Activation::swiglu:
-        dgate = dhidden * at::silu(pre);
-        dpre = at::silu_backward(dhidden * gate, pre);
-        break;
-    }
-    const at::Tensor dw1 = grouped_linear_dw(dpre, x, rows);
-    const at::Tensor db1 = biases ? grouped_linear_db(dpre, rows) : at::Tensor();
-    at::Tensor dw3, dx;
-    if (ctx->needs_input_grad(0)) dx = grouped_linear_dx(dpre, w1, rows);
-    if (activation == Activation::swiglu) {
-      dw3 = grouped_linear_dw(dgate, x, rows);
-      if (dx.defined()) dx += grouped_linear_dx(dgate, w3, rows);
-    }
-    return {dx, dw1, db1, dw2, db2, dw3, {}, {}};
+    const FfnShape shape{ctx->saved_data["rows_per_expert"].toIntVector(),
+                         static_cast<Activation>(ctx->saved_data["activation"].toInt()),
+                         static_cast<GroupedGemm>(ctx->saved_data["gemm"].toInt())};
+    const FfnActivations activations{saved[0], saved[4], saved[5], saved[6]};
+    FfnRowGradients gradients;
+    const at::Tensor dx = ffn_backward_rows(grads[0], {saved[1], {}, saved[2], {}, saved[3]}, shape,
+                                            activations, ctx->needs_input_grad(0), gradients);
+    const FfnWeights d = ffn_backward_weights(activations, gradients, shape);
+    return {dx, d.w1, d.b1, d.w2, d.b2, d.w3, {}, {}, {}};
   }
 };
 
@@ -163,6 +66,7 @@ void validate(const ExpertsOptions& o) {
   LSHMOE_VALIDATE(o.num_local_experts() >= 1, "num_local_experts is ", o.num_local_experts(),
                   " (must be at least 1)");
   (void)activation_named(o.activation());
+  (void)grouped_gemm_named(o.grouped_gemm());
 }
 
 ExpertsImpl::ExpertsImpl(ExpertsOptions experts_options) : options(std::move(experts_options)) {
@@ -190,6 +94,13 @@ ExpertsImpl::ExpertsImpl(ExpertsOptions experts_options) : options(std::move(exp
   if (swiglu) w3 = register_parameter("w3", at::stack(all_w3));
 }
 
+FfnWeights ExpertsImpl::weights(at::ScalarType dtype) const {
+  const auto cast = [&](const at::Tensor& parameter) {
+    return parameter.defined() ? parameter.to(dtype) : at::Tensor();
+  };
+  return {cast(w1), cast(b1), cast(w2), cast(b2), cast(w3)};
+}
+
 at::Tensor ExpertsImpl::forward(const at::Tensor& rows,
                                 const std::vector<int64_t>& rows_per_expert) {
   RECORD_FUNCTION("lshmoe::experts", std::vector<c10::IValue>{});
@@ -200,13 +111,14 @@ at::Tensor ExpertsImpl::forward(const at::Tensor& rows,
   LSHMOE_VALIDATE(rows.dim() == 2 && rows.size(0) == sum && rows.size(1) == options.hidden_size(),
                   "the experts' input is ", rows.sizes(), " (must be [", sum, ", ",
                   options.hidden_size(), "], the sum of rows_per_expert by hidden_size)");
-  const auto cast = [&](const at::Tensor& parameter) { return parameter.to(rows.scalar_type()); };
-  const auto cast_if = [&](const at::Tensor& parameter) {
-    return parameter.defined() ? std::optional(cast(parameter)) : std::nullopt;
+  const FfnWeights cast = weights(rows.scalar_type());
+  const auto optional = [](const at::Tensor& tensor) {
+    return tensor.defined() ? std::optional(tensor) : std::nullopt;
   };
-  return GroupedFfn::apply(rows.contiguous(), cast(w1), cast_if(b1), cast(w2), cast_if(b2),
-                           cast_if(w3), rows_per_expert,
-                           static_cast<int64_t>(activation_named(options.activation())));
+  return GroupedFfn::apply(rows.contiguous(), cast.w1, optional(cast.b1), cast.w2,
+                           optional(cast.b2), optional(cast.w3), rows_per_expert,
+                           static_cast<int64_t>(activation_named(options.activation())),
+                           static_cast<int64_t>(grouped_gemm_named(options.grouped_gemm())));
 }
 
 }  // namespace lshmoe

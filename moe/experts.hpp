@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "lshmoe/moe/ffn.hpp"
+
 namespace lshmoe {
 
 struct ExpertsOptions {
@@ -22,6 +24,8 @@ struct ExpertsOptions {
   TORCH_ARG(int64_t, first_expert) = 0;
   /// relu | gelu (exact) | swiglu
   TORCH_ARG(std::string, activation) = "gelu";
+  /// auto | loop | grouped: see GroupedGemm.
+  TORCH_ARG(std::string, grouped_gemm) = "auto";
   TORCH_ARG(int64_t, layer) = 0;
   TORCH_ARG(uint64_t, seed) = 0;
 };
@@ -37,6 +41,8 @@ class ExpertsImpl : public torch::nn::Module {
   /// rows [sum(rows_per_expert), hidden], expert-major. An expert without rows still gets (zero)
   /// gradients. Local.
   at::Tensor forward(const at::Tensor& rows, const std::vector<int64_t>& rows_per_expert);
+  /// The parameters cast to the dtype of the rows; differentiable.
+  [[nodiscard]] FfnWeights weights(at::ScalarType dtype) const;
 
   const ExpertsOptions options;
   at::Tensor w1, b1, w2, b2, w3;

@@ -1,8 +1,9 @@
 #include "lshmoe/moe/layer.hpp"
 
-#include <chrono>
 #include <memory>
+#include <numeric>
 
+#include "lshmoe/moe/overlap.hpp"
 #include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
@@ -27,20 +28,10 @@ ExpertsOptions experts_options(const MoELayerOptions& o, int64_t ffn_hidden_size
   return ExpertsOptions(o.hidden_size(), ffn_hidden_size, local)
       .first_expert(first)
       .activation(o.activation())
+      .grouped_gemm(o.grouped_gemm())
       .layer(o.layer())
       .seed(o.seed());
 }
-
-/// Adds up the time between start() and stop().
-struct ExpertTimer {
-  double seconds = 0.0;
-  void start() { since_ = Clock::now(); }
-  void stop() { seconds += std::chrono::duration<double>(Clock::now() - since_).count(); }
-
- private:
-  using Clock = std::chrono::steady_clock;
-  Clock::time_point since_;
-};
 
 }  // namespace
 
@@ -67,7 +58,7 @@ DispatcherOptions MoELayerOptions::dispatcher_options() const {
   DispatcherOptions options = exchange_;
   options.hidden_size(hidden_size_)
       .num_experts(num_experts_)
-      .alignment(alignment_)
+      .alignment(custom_expert_ ? alignment_ : std::lcm(alignment_, kRowTile))
       .layer(layer_)
       .codec_on_self(codec_on_self_);
   return options;
@@ -79,6 +70,17 @@ void validate(const MoELayerOptions& o, int ep_size) {
                   " (must be at least 1)");
   LSHMOE_VALIDATE(o.shared_expert_size() >= 0, "shared_expert_size is ", o.shared_expert_size(),
                   " (must be 0 for none, or positive)");
+  LSHMOE_VALIDATE(o.alignment() >= 1 && o.alignment() <= 1 << 18, "alignment is ", o.alignment(),
+                  " (must be 1 to 2^18)");
+  LSHMOE_VALIDATE(o.overlap_degree() >= 1 && o.overlap_degree() <= 64, "overlap_degree is ",
+                  o.overlap_degree(), " (must be 1 to 64)");
+  LSHMOE_VALIDATE(o.overlap_degree() == 1 || !o.custom_expert(), "overlap_degree is ",
+                  o.overlap_degree(),
+                  ", but the experts are custom ones (only the built-in experts can take their "
+                  "weights' gradients after the last chunk): use overlap_degree 1");
+  LSHMOE_VALIDATE(o.overlap_degree() == 1 || !sends_centroids(o.codec(Direction::dispatch)),
+                  "overlap_degree is ", o.overlap_degree(),
+                  ", but restore is source (its clusters span all tokens): use overlap_degree 1");
   validate(o.dispatcher_options(), ep_size);
   validate(experts_options(o, o.ffn_hidden_size(), o.num_experts() / ep_size, 0));
 }
@@ -128,31 +130,38 @@ MoEOutput MoELayerImpl::forward(const at::Tensor& x) {
                   options.hidden_size(), "])");
   const at::Tensor tokens = x.reshape({-1, options.hidden_size()});
   const GateOutput routing = gate->forward(tokens);
-  const Dispatched dispatched =
-      dispatcher_->dispatch(tokens, routing.topk_ids, routing.topk_weights);
-
-  const auto timer = std::make_shared<ExpertTimer>();
-  timer->start();
-  const at::Tensor expert_output = run_experts(dispatched.rows, dispatched.rows_per_expert);
-  timer->stop();
-  if (expert_output.requires_grad() && dispatched.rows.requires_grad()) {
-    expert_output.register_hook([timer](const at::Tensor&) { timer->start(); });
-    dispatched.rows.register_hook([timer](const at::Tensor&) { timer->stop(); });
+  const auto timer = std::make_shared<PhaseTimer>();
+  MoEOutput out;
+  at::Tensor output;
+  if (options.overlap_degree() > 1) {
+    out.stats.exchange = std::make_shared<ExchangeStats>();
+    output = overlapped_experts(tokens, routing.topk_ids, routing.topk_weights, *experts,
+                                options.overlap_degree(), dispatcher_->context(),
+                                out.stats.exchange, timer, out.stats.tokens_per_expert);
+  } else {
+    const Dispatched dispatched =
+        dispatcher_->dispatch(tokens, routing.topk_ids, routing.topk_weights);
+    const at::Device device = tokens.device();
+    timer->start(device);
+    const at::Tensor expert_output = run_experts(dispatched.rows, dispatched.rows_per_expert);
+    timer->stop();
+    if (expert_output.requires_grad() && dispatched.rows.requires_grad()) {
+      expert_output.register_hook([timer, device](const at::Tensor&) { timer->start(device); });
+      dispatched.rows.register_hook([timer](const at::Tensor&) { timer->stop(); });
+    }
+    output = dispatcher_->combine(expert_output, dispatched);
+    out.stats.exchange = dispatched.stats;
+    out.stats.tokens_per_expert = dispatched.tokens_per_expert;
   }
-
-  at::Tensor output = dispatcher_->combine(expert_output, dispatched);
   if (!shared_expert_.is_empty()) {
     output = output + shared_expert_->forward(tokens, {tokens.size(0)});
   }
 
-  MoEOutput out;
   out.output = output.view(x.sizes());
   out.aux_loss = routing.aux_loss;
   out.z_loss = routing.z_loss;
-  out.stats.tokens_per_expert = dispatched.tokens_per_expert;
   out.stats.load = routing.load;
-  out.stats.exchange = dispatched.stats;
-  out.stats.expert_seconds = std::shared_ptr<const double>(timer, &timer->seconds);
+  out.stats.expert_time = timer;
   return out;
 }
 

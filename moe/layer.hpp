@@ -36,6 +36,12 @@ struct MoELayerOptions {
   TORCH_ARG(int64_t, shared_expert_size) = 0;
   TORCH_ARG(int64_t, alignment) = 1;
   TORCH_ARG(bool, codec_on_self) = false;
+  /// Chunks that the tokens are cut into, so that one's codec and exchange run beside another's
+  /// experts (on a GPU; on the CPU they follow one another). With a lossless exchange output and
+  /// gradients do not depend on it. For the built-in experts and restore=expert.
+  TORCH_ARG(int64_t, overlap_degree) = 1;
+  /// How the experts' products are computed: auto, loop or grouped; see GroupedGemm.
+  TORCH_ARG(std::string, grouped_gemm) = "auto";
   /// Number of this layer in the model: separates random streams of weights and codecs.
   TORCH_ARG(int64_t, layer) = 0;
   TORCH_ARG(uint64_t, seed) = 0;
@@ -51,7 +57,8 @@ struct MoELayerOptions {
   MoELayerOptions& codec_combine(const CodecOptions& c);
   MoELayerOptions& codec_backward(const CodecOptions& c);
   [[nodiscard]] const CodecOptions& codec(Direction direction) const;
-  /// The part of the options that a Dispatcher takes.
+  /// The part of the options that a Dispatcher takes. With the built-in experts blocks are padded
+  /// to a multiple of 4 rows too: then a row's result does not depend on the rows beside it.
   [[nodiscard]] DispatcherOptions dispatcher_options() const;
 
  private:
@@ -66,7 +73,7 @@ struct MoEStats {
       tokens_per_expert;  ///< [num_local_experts] rows that reached this rank's experts
   at::Tensor load;        ///< int64 [num_experts]: choices of this rank
   std::shared_ptr<ExchangeStats> exchange;
-  std::shared_ptr<const double> expert_seconds;  ///< in the experts
+  std::shared_ptr<const PhaseTimer> expert_time;
 };
 
 struct MoEOutput {

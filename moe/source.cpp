@@ -2,7 +2,6 @@
 
 #include <ATen/record_function.h>
 
-#include <chrono>
 #include <numeric>
 
 #include "lshmoe/moe/ops/cpu.hpp"
@@ -102,11 +101,9 @@ Dispatched dispatch_centroids(const at::Tensor& x_in, const at::Tensor& topk_ids
   DirectionStats& stats = (*exchange->stats)[Direction::dispatch];
   {
     RECORD_FUNCTION("lshmoe::encode", std::vector<c10::IValue>{});
-    const auto start = std::chrono::steady_clock::now();
+    const PhaseTimer::Span span(stats.codec_time, x.device());
     encoded =
         context.codec(Direction::dispatch, x.scalar_type()).encode(x.detach(), coded_token, coded);
-    stats.codec_seconds +=
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
   ops::add_codec_stats(stats, encoded.stats);
 

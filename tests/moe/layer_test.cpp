@@ -219,6 +219,77 @@ TEST(Layer, RunsRepeatBitForBit) {
   }
 }
 
+TEST(Layer, OverlapChangesNoBit) {
+  const ExpertGroups groups = make_expert_groups(world());
+  struct Case {
+    const char* name;
+    std::vector<int64_t> tokens;
+    MoELayerOptions options;
+  };
+  const CodecOptions whole = CodecOptions().kind("lsh").max_error(0);
+  const Case cases[] = {
+      {"gelu", same_on_all(37), small().top_k(3).aux_loss_coeff(0.1)},
+      {"swiglu", uneven(0), small().activation("swiglu").shared_expert_size(12)},
+      {"relu, capacity", uneven(1), small().activation("relu").capacity_factor(0.75)},
+      {"alignment", uneven(2), small().top_k(1).alignment(6).z_loss_coeff(0.1)},
+      {"lossless lsh", same_on_all(21), small().codec(whole).codec_on_self(true)},
+      {"no tokens", same_on_all(0), small()},
+      {"odd sizes", same_on_all(150), MoELayerOptions(50, 70, 4).seed(5)},
+  };
+  for (const Case& c : cases) {
+    for (const at::ScalarType dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
+      if (dtype == at::kDouble && c.options.codec(Direction::dispatch).kind() == "lsh") continue;
+      const RankInput input =
+          input_of_rank(world()->rank(), own(c.tokens), c.options.hidden_size());
+      const auto run = [&](int64_t degree) {
+        MoELayer layer =
+            make_layer(MoELayerOptions(c.options).overlap_degree(degree), groups, dtype);
+        return run_layer(layer, input.rows, dtype, input.direction);
+      };
+      const LayerRun one = run(1);
+      for (const int64_t degree : {2, 4}) {
+        SCOPED_TRACE(::testing::Message() << c.name << ", " << dtype << ", degree " << degree);
+        const LayerRun got = run(degree);
+        expect_runs_equal(got, one, 0);
+        EXPECT_EQ(got.stats.tokens_per_expert, one.stats.tokens_per_expert);
+        for (const Direction d : {Direction::dispatch, Direction::combine,
+                                  Direction::combine_backward, Direction::dispatch_backward})
+          EXPECT_EQ((*got.stats.exchange)[d].bytes_raw, (*one.stats.exchange)[d].bytes_raw);
+      }
+    }
+  }
+}
+
+TEST(Layer, OverlappedBackwardTwiceAndWithoutInputGradients) {
+  MoELayer layer = make_layer(small().overlap_degree(3), make_expert_groups(world()), at::kDouble),
+           plain = make_layer(small(), make_expert_groups(world()), at::kDouble);
+  const RankInput input = own_input(own(uneven(0)));
+  const auto gradients = [&](MoELayer& l, int backwards, bool of_input) {
+    l->zero_grad();
+    l->gate->weight.set_requires_grad(of_input);
+    const at::Tensor x = input.rows.clone().set_requires_grad(of_input);
+    const at::Tensor y = l->forward(x).output;
+    for (int i = 0; i < backwards; ++i) y.backward(input.direction, /*retain_graph=*/true);
+    std::vector<at::Tensor> all = {x.grad()};
+    for (const at::Tensor& p : l->experts->parameters()) all.push_back(p.grad());
+    return all;
+  };
+  for (const bool of_input : {true, false}) {
+    const auto once = gradients(plain, 1, of_input), got = gradients(layer, 1, of_input),
+               twice = gradients(layer, 2, of_input);
+    for (std::size_t i = 0; i < once.size(); ++i) {
+      EXPECT_EQ(got[i].defined(), once[i].defined()) << i;
+      if (!once[i].defined()) continue;
+      EXPECT_EQ(relative_error(got[i], once[i]), 0) << i;
+      EXPECT_EQ(relative_error(twice[i], 2 * once[i]), 0) << i;
+    }
+  }
+  layer->gate->weight.set_requires_grad(true);
+  const at::NoGradGuard no_grad;
+  EXPECT_EQ(relative_error(layer->forward(input.rows).output, plain->forward(input.rows).output),
+            0);
+}
+
 TEST(Layer, ShapesAndStridesOfTheInput) {
   MoELayer layer = make_layer(small(), make_expert_groups(world()));
   const at::Tensor x = own_input(6).rows.to(at::kFloat);
@@ -411,6 +482,13 @@ TEST(LayerOptions, AreChecked) {
   refused(MoELayerOptions(8, 16, 4).shared_expert_size(-1), 1, "shared_expert_size is -1");
   refused(MoELayerOptions(8, 16, 4).alignment(0), 1, "alignment is 0");
   refused(MoELayerOptions(8, 16, 4).layer(-1), 1, "layer is -1");
+  refused(MoELayerOptions(8, 16, 4).overlap_degree(0), 1, "overlap_degree is 0 (must be 1 to 64)");
+  refused(MoELayerOptions(8, 16, 4).overlap_degree(2).codec(CodecOptions().restore("source")), 1,
+          "overlap_degree is 2, but restore is source");
+  refused(MoELayerOptions(8, 16, 4).overlap_degree(2).custom_expert(
+              [](int64_t) { return torch::nn::AnyModule(torch::nn::Linear(8, 8)); }),
+          1, "overlap_degree is 2, but the experts are custom ones");
+  refused(MoELayerOptions(8, 16, 4).grouped_gemm("all"), 1, "unknown grouped_gemm 'all'");
   refused(MoELayerOptions(8, 16, 4).codec(CodecOptions().kind("zip")), 1, "zip");
   refused(MoELayerOptions(8, 16, 4).codec(CodecOptions().max_error(-1)), 1, "max_error");
   refused(MoELayerOptions(8, 16, 4).codec_combine(CodecOptions().restore("source")), 1,
