@@ -7,6 +7,8 @@
 #include <numeric>
 #include <utility>
 
+#include "lshmoe/compress/cpu_codec.hpp"
+#include "lshmoe/compress/cuda/codec.hpp"
 #include "lshmoe/compress/format_codec.hpp"
 #include "lshmoe/compress/lsh_codec.hpp"
 #include "lshmoe/compress/raw_codec.hpp"
@@ -19,16 +21,19 @@ bool contains(const Names& names, const std::string& name) {
   return std::find(names.begin(), names.end(), name) != names.end();
 }
 
-void check_index(const at::Tensor& index, int64_t tokens, const char* what) {
-  LSHMOE_VALIDATE(index.dim() == 1 && index.scalar_type() == at::kLong && index.is_cpu() &&
-                      index.is_contiguous(),
-                  what, ": row_index must be a contiguous int64 vector on the CPU, it is ",
-                  index.toString(), " with ", index.dim(), " dimensions");
-  const auto* row = index.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < index.numel(); ++i) {
-    LSHMOE_VALIDATE(row[i] >= 0 && row[i] < tokens, what, ": row_index[", i, "] = ", row[i],
-                    " is not one of the ", tokens, " rows");
-  }
+/// True for tensors on the context's device.
+bool fits(const CodecContext& context, const at::Tensor& tensor) {
+  const at::Device device = tensor.device();
+  return device.type() == context.device.type() &&
+         (!context.device.has_index() || device.index() == context.device.index());
+}
+
+void check_index(const CodecContext& context, const at::Tensor& index, const char* what) {
+  LSHMOE_VALIDATE(index.dim() == 1 && index.scalar_type() == at::kLong && index.is_contiguous() &&
+                      (index.is_cpu() || fits(context, index)),
+                  what, ": row_index must be a contiguous int64 vector on the CPU or on ",
+                  context.device, ", it is ", index.toString(), " with ", index.dim(),
+                  " dimensions on ", index.device());
 }
 
 void check_rows_per_group(const std::vector<int64_t>& rows_per_group, int64_t rows,
@@ -122,6 +127,9 @@ std::shared_ptr<Codec> make_codec(const CodecOptions& options, const CodecContex
                       (dtype == at::kDouble && options.kind() == "none"),
                   "codec kind ", options.kind(), " does not take rows of dtype ", dtype,
                   ": use float32 or bfloat16 (none: float64 too)");
+  LSHMOE_VALIDATE(context.device.is_cpu() || context.device.is_cuda(), "codec on device ",
+                  context.device, ": use cpu or cuda");
+  if (context.device.is_cuda()) return cuda::make_codec(options, context);
   if (options.kind() == "lsh") return make_lsh_codec(options, context);
   if (options.kind() == "none" || options.kind() == "bf16") return make_raw_codec(options, context);
   return make_format_codec(options, context);
@@ -134,43 +142,24 @@ void Codec::observe(const at::Tensor& /*x*/, const at::Tensor& /*row_index*/) {}
 bool Codec::refresh(Communicator& /*comm*/) { return false; }
 StateStats Codec::state_stats() const { return {}; }
 
-Encoded Codec::encode(const at::Tensor& x, const at::Tensor& row_index,
-                      const std::vector<int64_t>& rows_per_group) const {
-  LSHMOE_VALIDATE(x.defined() && x.is_cpu(), "encode: the rows must be a tensor on the CPU");
-  LSHMOE_VALIDATE(x.dim() == 2 && x.size(1) == context_.hidden_size, "encode: rows of shape ",
-                  x.sizes(), ", expected [tokens, ", context_.hidden_size, "]");
-  LSHMOE_VALIDATE(x.scalar_type() == context_.dtype, "encode: rows of dtype ", x.scalar_type(),
-                  ", this codec was made for ", context_.dtype);
-  const at::Tensor rows = x.contiguous();
-  Source source;
-  source.data = rows.const_data_ptr();
-  source.rows = x.size(0);
-  if (row_index.defined()) {
-    check_index(row_index, x.size(0), "encode");
-    source.index = row_index.const_data_ptr<int64_t>();
-    source.rows = row_index.size(0);
-  }
-  check_rows_per_group(rows_per_group, source.rows, "encode");
-  return do_encode(source, rows_per_group);
+void check_encode(const CodecContext& context, const at::Tensor& x, const at::Tensor& row_index,
+                  const std::vector<int64_t>& rows_per_group) {
+  LSHMOE_VALIDATE(x.defined() && fits(context, x), "encode: the rows must be a tensor on ",
+                  context.device);
+  LSHMOE_VALIDATE(x.dim() == 2 && x.size(1) == context.hidden_size, "encode: rows of shape ",
+                  x.sizes(), ", expected [tokens, ", context.hidden_size, "]");
+  LSHMOE_VALIDATE(x.scalar_type() == context.dtype, "encode: rows of dtype ", x.scalar_type(),
+                  ", this codec was made for ", context.dtype);
+  if (row_index.defined()) check_index(context, row_index, "encode");
+  check_rows_per_group(rows_per_group, row_index.defined() ? row_index.numel() : x.size(0),
+                       "encode");
 }
 
-Encoded Codec::encode(const at::Tensor& rows, const std::vector<int64_t>& rows_per_group) const {
-  return encode(rows, at::Tensor(), rows_per_group);
-}
-
-Parcel Codec::open(std::span<const std::uint8_t> bytes) const {
-  const Parcel parcel = open_parcel(bytes, parcel_kind(), context_.dtype, context_.hidden_size);
-  LSHMOE_VALIDATE(parcel.header.rows <= parcel.body.size() / least_row_bytes(parcel.header),
-                  "decode: a parcel of ", bytes.size(), " bytes says it has ", parcel.header.rows,
-                  " rows (damaged parcel)");
-  return parcel;
-}
-
-void Codec::check_bytes(const at::Tensor& bytes,
-                        const std::vector<int64_t>& bytes_per_group) const {
-  LSHMOE_VALIDATE(bytes.defined() && bytes.is_cpu() && bytes.dim() == 1 &&
+void check_bytes(const CodecContext& context, const at::Tensor& bytes,
+                 const std::vector<int64_t>& bytes_per_group) {
+  LSHMOE_VALIDATE(bytes.defined() && fits(context, bytes) && bytes.dim() == 1 &&
                       bytes.scalar_type() == at::kByte && bytes.is_contiguous(),
-                  "decode: the bytes must be a contiguous uint8 vector on the CPU");
+                  "decode: the bytes must be a contiguous uint8 vector on ", context.device);
   int64_t left = bytes.numel();
   for (const int64_t count : bytes_per_group) {
     LSHMOE_VALIDATE(count >= 0 && count <= left, "decode: bytes_per_group does not fit the ",
@@ -181,20 +170,58 @@ void Codec::check_bytes(const at::Tensor& bytes,
                   " bytes over");
 }
 
-void Codec::decode_into(at::Tensor& out, const at::Tensor& row_index, const at::Tensor& bytes,
-                        const std::vector<int64_t>& bytes_per_group,
-                        const std::vector<int64_t>& rows_per_group) const {
-  check_bytes(bytes, bytes_per_group);
-  LSHMOE_VALIDATE(out.defined() && out.is_cpu() && out.is_contiguous() && out.dim() == 2 &&
-                      out.size(1) == context_.hidden_size && out.scalar_type() == context_.dtype,
-                  "decode: out must be contiguous [rows, ", context_.hidden_size, "] of dtype ",
-                  context_.dtype, " on the CPU");
+void check_decode(const CodecContext& context, const at::Tensor& out, const at::Tensor& row_index,
+                  const at::Tensor& bytes, const std::vector<int64_t>& bytes_per_group,
+                  const std::vector<int64_t>& rows_per_group) {
+  check_bytes(context, bytes, bytes_per_group);
+  LSHMOE_VALIDATE(out.defined() && fits(context, out) && out.is_contiguous() && out.dim() == 2 &&
+                      out.size(1) == context.hidden_size && out.scalar_type() == context.dtype,
+                  "decode: out must be contiguous [rows, ", context.hidden_size, "] of dtype ",
+                  context.dtype, " on ", context.device);
   LSHMOE_VALIDATE(row_index.defined(), "decode: row_index is undefined");
-  check_index(row_index, out.size(0), "decode");
-  check_rows_per_group(rows_per_group, row_index.size(0), "decode");
+  check_index(context, row_index, "decode");
+  check_rows_per_group(rows_per_group, row_index.numel(), "decode");
   LSHMOE_VALIDATE(rows_per_group.size() == bytes_per_group.size(),
                   "decode: ", rows_per_group.size(), " groups of rows, but ",
                   bytes_per_group.size(), " groups of bytes");
+}
+
+void check_index_values(const at::Tensor& row_index, int64_t rows, const char* what) {
+  const auto* row = row_index.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < row_index.numel(); ++i) {
+    LSHMOE_VALIDATE(row[i] >= 0 && row[i] < rows, what, ": row_index[", i, "] = ", row[i],
+                    " is not one of the ", rows, " rows");
+  }
+}
+
+Encoded CpuCodec::encode(const at::Tensor& x, const at::Tensor& row_index,
+                         const std::vector<int64_t>& rows_per_group) const {
+  check_encode(context(), x, row_index, rows_per_group);
+  const at::Tensor rows = x.contiguous();
+  Source source;
+  source.data = rows.const_data_ptr();
+  source.rows = x.size(0);
+  if (row_index.defined()) {
+    check_index_values(row_index, x.size(0), "encode");
+    source.index = row_index.const_data_ptr<int64_t>();
+    source.rows = row_index.size(0);
+  }
+  return do_encode(source, rows_per_group);
+}
+
+Parcel CpuCodec::open(std::span<const std::uint8_t> bytes) const {
+  const Parcel parcel = open_parcel(bytes, parcel_kind(), context().dtype, context().hidden_size);
+  LSHMOE_VALIDATE(parcel.header.rows <= parcel.body.size() / least_row_bytes(parcel.header),
+                  "decode: a parcel of ", bytes.size(), " bytes says it has ", parcel.header.rows,
+                  " rows (damaged parcel)");
+  return parcel;
+}
+
+void CpuCodec::decode_into(at::Tensor& out, const at::Tensor& row_index, const at::Tensor& bytes,
+                           const std::vector<int64_t>& bytes_per_group,
+                           const std::vector<int64_t>& rows_per_group) const {
+  check_decode(context(), out, row_index, bytes, bytes_per_group, rows_per_group);
+  check_index_values(row_index, out.size(0), "decode");
   const auto* from = bytes.const_data_ptr<std::uint8_t>();
   Sink sink{out.mutable_data_ptr(), row_index.const_data_ptr<int64_t>(), 0};
   for (std::size_t group = 0; group < rows_per_group.size(); ++group) {
@@ -214,8 +241,9 @@ void Codec::decode_into(at::Tensor& out, const at::Tensor& row_index, const at::
   }
 }
 
-Decoded Codec::decode(const at::Tensor& bytes, const std::vector<int64_t>& bytes_per_group) const {
-  check_bytes(bytes, bytes_per_group);
+Decoded CpuCodec::decode(const at::Tensor& bytes,
+                         const std::vector<int64_t>& bytes_per_group) const {
+  check_bytes(context(), bytes, bytes_per_group);
   const auto* from = bytes.const_data_ptr<std::uint8_t>();
   std::vector<Parcel> parcels(bytes_per_group.size());
   Decoded decoded;
@@ -229,7 +257,7 @@ Decoded Codec::decode(const at::Tensor& bytes, const std::vector<int64_t>& bytes
   }
   const int64_t rows =
       std::accumulate(decoded.rows_per_group.begin(), decoded.rows_per_group.end(), int64_t{0});
-  decoded.rows = at::empty({rows, context_.hidden_size}, at::dtype(context_.dtype));
+  decoded.rows = at::empty({rows, context().hidden_size}, at::dtype(context().dtype));
   Sink sink{decoded.rows.mutable_data_ptr(), nullptr, 0};
   for (std::size_t group = 0; group < parcels.size(); ++group) {
     if (decoded.rows_per_group[group] > 0) do_decode(parcels[group], sink);

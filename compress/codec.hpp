@@ -71,12 +71,14 @@ struct CodecOptions {
   TORCH_ARG(uint64_t, seed) = 0;
 };
 
-/// Where a codec stands: rows of `hidden_size` elements of `dtype` in layer number `layer`.
+/// Where a codec stands: rows of `hidden_size` elements of `dtype` in layer number `layer`, in the
+/// memory of `device` (the CPU, or a GPU; a GPU without index: the tensors' own).
 struct CodecContext {
   int64_t hidden_size = 0;
   int64_t layer = 0;
   Direction direction = Direction::dispatch;
   at::ScalarType dtype = at::kFloat;
+  at::Device device = at::kCPU;
 };
 
 struct CodecStats {
@@ -88,6 +90,9 @@ struct CodecStats {
   double max_relative_error = 0.0;   ///< largest |x - x'| / |x| over the rows
   double mean_relative_error = 0.0;  ///< mean of the same
   double max_error_ratio = 0.0;      ///< largest error over its own bound, <= 1; 0 without a bound
+  /// Bytes copied between the GPU and host memory because this setting is coded by the CPU; 0 on
+  /// the CPU, and where the GPU's own kernels code.
+  int64_t staged_bytes = 0;
 };
 
 /// The learned state of one codec; zeros without one.
@@ -101,7 +106,7 @@ struct StateStats {
 };
 
 struct Encoded {
-  at::Tensor bytes;  ///< uint8 [sum], CPU, one parcel a group, one after another
+  at::Tensor bytes;  ///< uint8 [sum], on the codec's device, one parcel a group, one after another
   std::vector<int64_t> bytes_per_group;  ///< [groups]; 0 for a group without rows
   at::Tensor
       assignment;  ///< int64 [N]: row -> centroid (over all groups), -1 none. lsh; else undefined
@@ -117,6 +122,10 @@ struct Decoded {
 
 /// Thread-compatible. encode and decode keep nothing between calls; observe and refresh change what
 /// they use (state=learned).
+///
+/// Tensors are on the context's device; row_index may also be on the CPU. On a GPU, work is queued
+/// on the current stream; encode waits for it once, for the sizes, and decode once, for the checks.
+/// The parcels are the same: those of a GPU can be decoded on the CPU and the other way round.
 class Codec {
  public:
   Codec(const Codec&) = delete;
@@ -128,31 +137,34 @@ class Codec {
 
   /// Encodes N rows of x, group after group. Local.
   /// x [tokens, hidden_size] float32 | bfloat16 (none: float64 too), contiguous rows; row_index
-  /// int64 [N] picks the rows, ordered by group; sum(rows_per_group) == N. N may be 0.
+  /// int64 [N] picks the rows, ordered by group (undefined: all, in their order);
+  /// sum(rows_per_group) == N. N may be 0.
   /// Equal input gives equal bytes, on every run and for every number of threads.
   /// Throws InvalidArgument with the row's index when a row holds NaN or Inf (kinds none and bf16
   /// let them pass), and when shapes or dtypes do not fit.
-  [[nodiscard]] Encoded encode(const at::Tensor& x, const at::Tensor& row_index,
-                               const std::vector<int64_t>& rows_per_group) const;
+  [[nodiscard]] virtual Encoded encode(const at::Tensor& x, const at::Tensor& row_index,
+                                       const std::vector<int64_t>& rows_per_group) const = 0;
   /// The same for all rows of `rows` in their order.
   [[nodiscard]] Encoded encode(const at::Tensor& rows,
-                               const std::vector<int64_t>& rows_per_group) const;
+                               const std::vector<int64_t>& rows_per_group) const {
+    return encode(rows, at::Tensor(), rows_per_group);
+  }
 
   /// Decodes parcels into rows of `out`: row i of the stream goes to out[row_index[i]]. Local.
   /// out [any, hidden_size], the codec's dtype, contiguous. Rows not named are left alone.
   /// The bytes come from a wire: counts, widths, ids, lengths and checksums are checked; anything
   /// wrong throws InvalidArgument; what was written to the named rows by then is unspecified. The
   /// number of rows must be row_index.size(0), and the rows of each group rows_per_group.
-  void decode_into(at::Tensor& out, const at::Tensor& row_index, const at::Tensor& bytes,
-                   const std::vector<int64_t>& bytes_per_group,
-                   const std::vector<int64_t>& rows_per_group) const;
+  virtual void decode_into(at::Tensor& out, const at::Tensor& row_index, const at::Tensor& bytes,
+                           const std::vector<int64_t>& bytes_per_group,
+                           const std::vector<int64_t>& rows_per_group) const = 0;
   /// Decodes into a new tensor, trusting the parcels' own (checked) row counts.
-  [[nodiscard]] Decoded decode(const at::Tensor& bytes,
-                               const std::vector<int64_t>& bytes_per_group) const;
+  [[nodiscard]] virtual Decoded decode(const at::Tensor& bytes,
+                                       const std::vector<int64_t>& bytes_per_group) const = 0;
 
   /// state=learned: offers rows, as encode takes them, as a sample for the next fit. Call it once
   /// for each encode of a training forward or backward; free where no fit is due. Else a no-op.
-  /// Local.
+  /// Local. Rows of a GPU are copied to the host.
   virtual void observe(const at::Tensor& x, const at::Tensor& row_index);
 
   /// state=learned: where a fit is due, fits the state to the rows observed by all ranks of `comm`
@@ -165,40 +177,9 @@ class Codec {
  protected:
   Codec(CodecOptions options, CodecContext context);
 
-  /// The rows to encode: those of x [tokens, hidden_size] that `index` names (null: all, in order).
-  /// Checked by encode; pointers live as long as the call.
-  struct Source {
-    const void* data = nullptr;
-    const std::int64_t* index = nullptr;
-    std::int64_t rows = 0;
-    [[nodiscard]] std::int64_t row(std::int64_t i) const { return index ? index[i] : i; }
-  };
-  /// Where decoded rows go: row i of a parcel to row index[first + i] (null: first + i) of out.
-  struct Sink {
-    void* data = nullptr;
-    const std::int64_t* index = nullptr;
-    std::int64_t first = 0;
-    [[nodiscard]] std::int64_t row(std::int64_t i) const {
-      return index ? index[first + i] : first + i;
-    }
-  };
-
  private:
   CodecOptions options_;
   CodecContext context_;
-
-  virtual Encoded do_encode(const Source& source,
-                            const std::vector<int64_t>& rows_per_group) const = 0;
-  /// The kind this codec writes and reads.
-  [[nodiscard]] virtual ParcelKind parcel_kind() const = 0;
-  /// Bytes of the body that a row takes at least, so that a parcel cannot ask for more memory than
-  /// a small multiple of its size.
-  [[nodiscard]] virtual std::size_t least_row_bytes(const ParcelHeader& header) const = 0;
-  /// Checks what the kind adds to a parcel and writes its rows.
-  virtual void do_decode(const Parcel& parcel, const Sink& sink) const = 0;
-
-  [[nodiscard]] Parcel open(std::span<const std::uint8_t> bytes) const;
-  void check_bytes(const at::Tensor& bytes, const std::vector<int64_t>& bytes_per_group) const;
 };
 
 /// True for kind lsh with restore=source: centroids travel in place of rows. Not with max_error 0,

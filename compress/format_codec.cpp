@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 
+#include "lshmoe/compress/cpu_codec.hpp"
 #include "lshmoe/compress/fixed_rows.hpp"
 #include "lshmoe/compress/noise.hpp"
 #include "lshmoe/kernels/checksum.hpp"
@@ -22,10 +23,10 @@ RowFormat format_of(const std::string& kind) {
 }
 
 template <class T>
-class FormatCodec final : public Codec {
+class FormatCodec final : public CpuCodec {
  public:
   FormatCodec(const CodecOptions& options, const CodecContext& context)
-      : Codec(options, context),
+      : CpuCodec(options, context),
         format_(format_of(options.kind())),
         row_bytes_(kernels::format_row_bytes(format_, context.hidden_size)),
         stochastic_(options.rounding() == "stochastic"),

@@ -12,11 +12,13 @@
 #include <utility>
 
 #include "lshmoe/compress/clusters.hpp"
+#include "lshmoe/compress/cpu_codec.hpp"
 #include "lshmoe/compress/learned_state.hpp"
 #include "lshmoe/compress/noise.hpp"
 #include "lshmoe/compress/phases.hpp"
 #include "lshmoe/compress/row_coder.hpp"
 #include "lshmoe/compress/state_coder.hpp"
+#include "lshmoe/kernels/lanes.hpp"
 #include "lshmoe/kernels/lsh.hpp"
 #include "lshmoe/kernels/rows.hpp"
 #include "lshmoe/runtime/error.hpp"
@@ -139,10 +141,10 @@ std::vector<float> code_base_row(RowCoder<float>& coder, const float* row, const
 }
 
 template <class T>
-class LshCodec final : public Codec {
+class LshCodec final : public CpuCodec {
  public:
   LshCodec(const CodecOptions& options, const CodecContext& context)
-      : Codec(options, context),
+      : CpuCodec(options, context),
         source_(sends_centroids(options)),
         by_group_(options.error_reference().empty() ? context.direction == Direction::combine
                                                     : options.error_reference() == "group"),
@@ -448,19 +450,13 @@ class LshCodec final : public Codec {
   float set_bounds(int64_t rows, Workspace& work) const {
     const auto n = static_cast<std::size_t>(rows);
     work.bound.resize(n);
-    double squared = 0;
-    for (std::size_t i = 0; i < n; ++i) squared += work.norm[i] * work.norm[i];
+    const double squared = kernels::lane_sum<double>(
+        rows, [norm = work.norm.data()](std::int64_t i) { return norm[i] * norm[i]; });
     const double group_bound = options().max_error() * std::sqrt(squared / static_cast<double>(n));
     for (std::size_t i = 0; i < n; ++i) {
       work.bound[i] = by_group_ ? group_bound : options().max_error() * work.norm[i];
     }
-    if (!by_group_) return 0;
-    // 2.5 times the step that fits evenly spread values: nearly all rows can use a fraction.
-    const double step =
-        2.5 * group_bound * std::sqrt(12.0 / static_cast<double>(context().hidden_size));
-    const bool usable = step >= 4 * static_cast<double>(kernels::kMinStep) &&
-                        step <= static_cast<double>(kernels::kMaxStep);
-    return usable ? kernels::step_value(kernels::step_code(static_cast<float>(step))) : 0;
+    return by_group_ ? kernels::group_step(group_bound, context().hidden_size) : 0;
   }
 
   void encode_rows(int64_t rows, Workspace& work, Stream& stream, CodecStats& stats) const {

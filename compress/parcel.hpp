@@ -10,6 +10,8 @@
 //    6 u8  row dtype           24 u64 bytes after the
 //    7 u8  flags of the kind          shared part
 //    8 u32 rows
+// Checksum: block_checksum of what follows the header, with the checksum of its first 36 bytes as
+// seed.
 // A group without rows has no parcel: 0 bytes.
 
 #include <ATen/core/ScalarType.h>

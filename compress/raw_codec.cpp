@@ -4,16 +4,17 @@
 #include <cmath>
 #include <cstring>
 
+#include "lshmoe/compress/cpu_codec.hpp"
 #include "lshmoe/compress/fixed_rows.hpp"
 #include "lshmoe/kernels/rows.hpp"
 
 namespace lshmoe {
 namespace {
 
-class RawCodec final : public Codec {
+class RawCodec final : public CpuCodec {
  public:
   RawCodec(const CodecOptions& options, const CodecContext& context)
-      : Codec(options, context),
+      : CpuCodec(options, context),
         rounds_(options.kind() == "bf16" && context.dtype == at::kFloat),
         element_bytes_(rounds_ ? 2 : at::elementSize(context.dtype)) {}
 

@@ -11,22 +11,6 @@
 
 namespace lshmoe {
 
-std::uint16_t StepCode::below(float step) const {
-  if (group_step_ <= 0) {
-    if (!(step >= kernels::kMinStep)) return zero_row();
-    return kernels::step_code(std::min(step, kernels::kMaxStep));
-  }
-  const float parts = std::floor(std::min(step / group_step_, 1.0F) * 256);
-  auto code = static_cast<std::uint16_t>(256 - std::max(parts, 0.0F));
-  return is_step(code) && value(code) > step ? smaller(code, 1)
-                                             : std::min<std::uint16_t>(code, zero_row());
-}
-
-std::uint16_t StepCode::smaller(std::uint16_t code, int count) const {
-  if (group_step_ > 0) return static_cast<std::uint16_t>(std::min(code + count, 254));
-  return code > count ? static_cast<std::uint16_t>(code - count) : kernels::kZeroRowCode;
-}
-
 RowLayout::RowLayout(std::int64_t hidden_size, std::size_t step, std::size_t id,
                      std::size_t element_bytes)
     : hidden(hidden_size),

@@ -16,35 +16,7 @@
 
 namespace lshmoe {
 
-/// Step codes of one parcel. Without a group step: 16 bits, kernels::step_code. With one: 8 bits,
-/// code k is step * (256 - k) / 256; 254 is a zero row, 255 a whole one.
-class StepCode {
- public:
-  StepCode() = default;
-  explicit StepCode(float group_step) : group_step_(group_step) {}
-
-  [[nodiscard]] std::size_t bytes() const { return group_step_ > 0 ? 1 : 2; }
-  [[nodiscard]] std::uint16_t zero_row() const {
-    return group_step_ > 0 ? 254 : kernels::kZeroRowCode;
-  }
-  [[nodiscard]] std::uint16_t whole_row() const {
-    return group_step_ > 0 ? 255 : kernels::kWholeRowCode;
-  }
-  [[nodiscard]] bool is_step(std::uint16_t code) const {
-    return group_step_ > 0 ? code < 254 : kernels::is_step_code(code);
-  }
-  [[nodiscard]] float value(std::uint16_t code) const {
-    return group_step_ > 0 ? group_step_ * (static_cast<float>(256 - code) * (1.0F / 256))
-                           : kernels::step_value(code);
-  }
-  /// Largest step not above `step`, or a code that is no step.
-  [[nodiscard]] std::uint16_t below(float step) const;
-  /// `count` steps smaller, or a code that is no step.
-  [[nodiscard]] std::uint16_t smaller(std::uint16_t code, int count) const;
-
- private:
-  float group_step_ = 0;
-};
+using kernels::StepCode;
 
 /// Sizes of the parts of a record.
 struct RowLayout {

@@ -77,17 +77,31 @@ constexpr AlphabetTable make_alphabet_table() {
 
 inline constexpr AlphabetTable kAlphabetTable = make_alphabet_table();
 
+#if defined(__CUDACC__)
+namespace detail {
+static __device__ const AlphabetTable kDeviceAlphabetTable = make_alphabet_table();
+}
+#endif
+/// The table, on the side that runs this.
+LSHMOE_HOST_DEVICE inline const AlphabetTable& alphabet_table() {
+#if defined(__CUDA_ARCH__)
+  return detail::kDeviceAlphabetTable;
+#else
+  return kAlphabetTable;
+#endif
+}
+
 /// Index of the least alphabet that holds values up to max_abs (<= kMaxQuantised) in size.
 LSHMOE_HOST_DEVICE inline int alphabet_for(std::int32_t max_abs) {
-  if (max_abs < 64) return kAlphabetTable.index_of[max_abs];
+  if (max_abs < 64) return alphabet_table().index_of[max_abs];
   int index = kFirstWideAlphabet;
-  while (kAlphabetTable.alphabet[index].half < max_abs) ++index;
+  while (alphabet_table().alphabet[index].half < max_abs) ++index;
   return index;
 }
 
 /// Bits of `count` (<= 16) values of one band: two numbers at most.
 LSHMOE_HOST_DEVICE inline int band_bits(int index, int count) {
-  const Alphabet& alphabet = kAlphabetTable.alphabet[index];
+  const Alphabet& alphabet = alphabet_table().alphabet[index];
   return count <= kUnitValues ? alphabet.bits[count]
                               : alphabet.bits[kUnitValues] + alphabet.bits[count - kUnitValues];
 }

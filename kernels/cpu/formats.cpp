@@ -4,6 +4,8 @@
 #include <cstring>
 #include <limits>
 
+#include "lshmoe/kernels/lanes.hpp"
+
 namespace lshmoe::kernels {
 namespace {
 constexpr float kInt8Max = 127.0F;
@@ -176,25 +178,18 @@ void rotate(float* x, float* scratch, std::int64_t count) {
 
 float clamp_int4(float q) { return std::min(std::max(q, kInt4Min), kInt4Max); }
 
-// Sum of squared errors at a scale.
+// Sum of squared errors at a scale, folded in halves.
 float int4_error(const float* z, float scale, std::int64_t count) {
-  constexpr int kLanes = 16;
   const float inverse = 1.0F / scale;
-  float lane[kLanes] = {};
-  const std::int64_t full = count - count % kLanes;
-  for (std::int64_t i = 0; i < full; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) {
-      const float error = z[i + j] - clamp_int4(std::nearbyint(z[i + j] * inverse)) * scale;
-      lane[j] += error * error;
-    }
-  }
-  for (std::int64_t i = full; i < count; ++i) {
+  float square[kFormatBlock] = {};
+  for (std::int64_t i = 0; i < count; ++i) {
     const float error = z[i] - clamp_int4(std::nearbyint(z[i] * inverse)) * scale;
-    lane[i - full] += error * error;
+    square[i] = error * error;
   }
-  float sum = 0;
-  for (const float part : lane) sum += part;
-  return sum;
+  for (std::int64_t half = kFormatBlock / 2; half > 0; half /= 2) {
+    for (std::int64_t j = 0; j < half; ++j) square[j] += square[j + half];
+  }
+  return square[0];
 }
 
 // Of coefficients of this largest magnitude. A cut at the ends may cost less than coarse steps.
@@ -334,22 +329,10 @@ bool decode_row(RowFormat format, T* out, const std::uint8_t* in, std::int64_t h
 
 template <class T>
 double squared_distance(const float* a, const T* b, std::int64_t count) {
-  constexpr int kLanes = 8;
-  double lane[kLanes] = {};
-  const std::int64_t full = count - count % kLanes;
-  for (std::int64_t i = 0; i < full; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) {
-      const double d = static_cast<double>(a[i + j]) - static_cast<double>(to_float(b[i + j]));
-      lane[j] += d * d;
-    }
-  }
-  for (std::int64_t i = full; i < count; ++i) {
+  return lane_sum<double>(count, [=](std::int64_t i) {
     const double d = static_cast<double>(a[i]) - static_cast<double>(to_float(b[i]));
-    lane[i - full] += d * d;
-  }
-  double sum = 0;
-  for (const double part : lane) sum += part;
-  return sum;
+    return d * d;
+  });
 }
 
 template bool decode_row<float>(RowFormat, float*, const std::uint8_t*, std::int64_t);

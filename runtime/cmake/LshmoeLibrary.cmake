@@ -9,12 +9,13 @@ foreach(_object IN LISTS _lshmoe_objects)
 endforeach()
 if(LSHMOE_WITH_CUDA)
   set(_lshmoe_torch LibTorch::cuda)
+  set(_lshmoe_cuda CUDA::cudart CUDA::cublas)
 else()
   set(_lshmoe_torch LibTorch::cpu)
 endif()
 target_link_libraries(lshmoe
   PUBLIC ${_lshmoe_torch}
-  PRIVATE $<BUILD_INTERFACE:lshmoe_flags> MPI::MPI_CXX Boost::program_options spdlog::spdlog Threads::Threads)
+  PRIVATE $<BUILD_INTERFACE:lshmoe_flags> ${_lshmoe_cuda} MPI::MPI_CXX Boost::program_options spdlog::spdlog Threads::Threads)
 target_include_directories(lshmoe PUBLIC
   $<BUILD_INTERFACE:${PROJECT_BINARY_DIR}/include> $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
 target_compile_features(lshmoe PUBLIC cxx_std_20)

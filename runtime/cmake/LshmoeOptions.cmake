@@ -30,6 +30,7 @@ if(LSHMOE_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
   set(CMAKE_CXX_COMPILER_LAUNCHER ${CMAKE_COMMAND} -E env
       CCACHE_SLOPPINESS=pch_defines,time_macros,include_file_mtime,include_file_ctime
       ${LSHMOE_CCACHE})
+  set(CMAKE_CUDA_COMPILER_LAUNCHER ${LSHMOE_CCACHE})
 endif()
 
 # One set of flags for every target, or the shared precompiled header would not fit them. -fPIC is

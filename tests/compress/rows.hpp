@@ -79,11 +79,25 @@ T field(const uint8_t* parcel, std::size_t offset) {
   return value;
 }
 
+/// The checksum of more than 1,024 bytes is that of the checksums of every 1,024 of them.
+inline std::uint32_t blocks_checksum(std::vector<uint8_t> bytes, std::uint64_t seed) {
+  while (bytes.size() > 1024) {
+    std::vector<uint8_t> sums;
+    for (std::size_t i = 0; i < bytes.size(); i += 1024) {
+      const std::uint32_t sum =
+          kernels::checksum(&bytes[i], std::min<std::size_t>(1024, bytes.size() - i));
+      for (int shift = 0; shift < 32; shift += 8) sums.push_back(uint8_t(sum >> shift));
+    }
+    bytes = sums;
+  }
+  return kernels::checksum(bytes.data(), bytes.size(), seed);
+}
+
 /// Writes the checksum that fits the rest of the parcel, so that checks behind it are reached.
 inline void reseal(uint8_t* parcel, std::size_t size) {
   if (size < 40) return;
   const std::uint32_t head = kernels::checksum(parcel, 36);
-  const std::uint32_t sum = kernels::checksum(parcel + 40, size - 40, head);
+  const std::uint32_t sum = blocks_checksum({parcel + 40, parcel + size}, head);
   std::memcpy(parcel + 36, &sum, sizeof sum);
 }
 
