@@ -28,11 +28,13 @@ bool fits(const CodecContext& context, const at::Tensor& tensor) {
          (!context.device.has_index() || device.index() == context.device.index());
 }
 
+std::string name_of(at::Device device) { return device.is_cpu() ? "the CPU" : device.str(); }
+
 void check_index(const CodecContext& context, const at::Tensor& index, const char* what) {
   LSHMOE_VALIDATE(index.dim() == 1 && index.scalar_type() == at::kLong && index.is_contiguous() &&
                       (index.is_cpu() || fits(context, index)),
                   what, ": row_index must be a contiguous int64 vector on the CPU or on ",
-                  context.device, ", it is ", index.toString(), " with ", index.dim(),
+                  name_of(context.device), ", it is ", index.toString(), " with ", index.dim(),
                   " dimensions on ", index.device());
 }
 
@@ -145,7 +147,7 @@ StateStats Codec::state_stats() const { return {}; }
 void check_encode(const CodecContext& context, const at::Tensor& x, const at::Tensor& row_index,
                   const std::vector<int64_t>& rows_per_group) {
   LSHMOE_VALIDATE(x.defined() && fits(context, x), "encode: the rows must be a tensor on ",
-                  context.device);
+                  name_of(context.device));
   LSHMOE_VALIDATE(x.dim() == 2 && x.size(1) == context.hidden_size, "encode: rows of shape ",
                   x.sizes(), ", expected [tokens, ", context.hidden_size, "]");
   LSHMOE_VALIDATE(x.scalar_type() == context.dtype, "encode: rows of dtype ", x.scalar_type(),
@@ -159,7 +161,8 @@ void check_bytes(const CodecContext& context, const at::Tensor& bytes,
                  const std::vector<int64_t>& bytes_per_group) {
   LSHMOE_VALIDATE(bytes.defined() && fits(context, bytes) && bytes.dim() == 1 &&
                       bytes.scalar_type() == at::kByte && bytes.is_contiguous(),
-                  "decode: the bytes must be a contiguous uint8 vector on ", context.device);
+                  "decode: the bytes must be a contiguous uint8 vector on ",
+                  name_of(context.device));
   int64_t left = bytes.numel();
   for (const int64_t count : bytes_per_group) {
     LSHMOE_VALIDATE(count >= 0 && count <= left, "decode: bytes_per_group does not fit the ",
@@ -177,7 +180,7 @@ void check_decode(const CodecContext& context, const at::Tensor& out, const at::
   LSHMOE_VALIDATE(out.defined() && fits(context, out) && out.is_contiguous() && out.dim() == 2 &&
                       out.size(1) == context.hidden_size && out.scalar_type() == context.dtype,
                   "decode: out must be contiguous [rows, ", context.hidden_size, "] of dtype ",
-                  context.dtype, " on ", context.device);
+                  context.dtype, " on ", name_of(context.device));
   LSHMOE_VALIDATE(row_index.defined(), "decode: row_index is undefined");
   check_index(context, row_index, "decode");
   check_rows_per_group(rows_per_group, row_index.numel(), "decode");

@@ -92,6 +92,92 @@ inline constexpr float kMaxScale = 0x1p+114F;
 /// A row is its scales, then its codes.
 enum class RowFormat : std::uint8_t { fp8, int8, int4 };
 
+// What both sides compute of a row.
+namespace format {
+inline constexpr float kInt8Max = 127.0F;
+inline constexpr float kInt4Max = 7.0F, kInt4Min = -8.0F;
+// Scales tried for a block of int4, each less than the one before: down to two thirds.
+inline constexpr int kScaleTries = 12;
+inline constexpr float kScaleRatio = 0.96F;
+
+LSHMOE_HOST_DEVICE inline std::int64_t blocks_of(std::int64_t hidden) {
+  return (hidden + kFormatBlock - 1) / kFormatBlock;
+}
+
+LSHMOE_HOST_DEVICE inline std::size_t scale_bytes(RowFormat format, std::int64_t hidden) {
+  switch (format) {
+    case RowFormat::fp8:
+      return 4 * static_cast<std::size_t>(blocks_of(hidden));
+    case RowFormat::int8:
+      return 4;
+    case RowFormat::int4:
+      return 2 * static_cast<std::size_t>(blocks_of(hidden));
+  }
+  return 0;
+}
+
+// What a scale of 0 divides by: there is nothing but zeros to divide.
+LSHMOE_HOST_DEVICE inline float divisor(float scale) { return scale > 0 ? scale : 1.0F; }
+
+LSHMOE_HOST_DEVICE inline void write_scale(std::uint8_t* out, float scale, bool small) {
+  const float value = small && scale > 0 ? -scale : scale;
+  std::memcpy(out, &value, sizeof value);
+}
+// False for what write_scale never writes.
+LSHMOE_HOST_DEVICE inline bool check_scale(float value, float* scale, bool* small) {
+  *small = std::signbit(value);
+  *scale = std::fabs(value);
+  return *scale <= kMaxScale && !(*small && *scale == 0);
+}
+LSHMOE_HOST_DEVICE inline bool read_scale(const std::uint8_t* in, float* scale, bool* small) {
+  float value;
+  std::memcpy(&value, in, sizeof value);
+  return check_scale(value, scale, small);
+}
+
+// int4's: a bfloat16 whose last bit says that the block's codes have the other sign.
+inline constexpr std::uint32_t kGrid = 0x20000u;
+LSHMOE_HOST_DEVICE inline float to_grid(float value) {
+  return float_from_bits((float_bits(value) + kGrid / 2) / kGrid * kGrid);
+}
+LSHMOE_HOST_DEVICE inline void write_turned_scale(std::uint8_t* out, float scale, bool small,
+                                                  bool turned) {
+  Bfloat16 value = to_bfloat16(small && scale > 0 ? -scale : scale);
+  if (turned && scale > 0) value.bits |= 1u;
+  std::memcpy(out, &value, sizeof value);
+}
+LSHMOE_HOST_DEVICE inline bool read_turned_scale(const std::uint8_t* in, float* scale,
+                                                 bool* small) {
+  Bfloat16 value;
+  std::memcpy(&value, in, sizeof value);
+  const bool turned = (value.bits & 1u) != 0;
+  value.bits &= 0xFFFEu;
+  if (!check_scale(to_float(value), scale, small) || (turned && *scale == 0)) return false;
+  if (turned) *scale = -*scale;
+  return true;
+}
+
+/// Largest finite value of T.
+template <class T>
+LSHMOE_HOST_DEVICE constexpr float largest_of() {
+  return sizeof(T) == 2 ? 0x1.FEp+127F : 0x1.FFFFFEp+127F;
+}
+
+// A code near the largest value of T may stand for a little more than it.
+template <class T>
+LSHMOE_HOST_DEVICE inline T from_scaled(float value, float up) {
+  constexpr float kLargest = largest_of<T>();
+  const float scaled = value * up;
+  const float below = scaled < kLargest ? scaled : kLargest;
+  return from_float<T>(below > -kLargest ? below : -kLargest);
+}
+
+LSHMOE_HOST_DEVICE inline float clamp_int4(float q) {
+  return q < kInt4Min ? kInt4Min : q < kInt4Max ? q : kInt4Max;
+}
+
+}  // namespace format
+
 /// Bytes of a row of `hidden` elements.
 [[nodiscard]] std::size_t format_row_bytes(RowFormat format, std::int64_t hidden);
 

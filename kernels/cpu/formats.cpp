@@ -8,25 +8,7 @@
 
 namespace lshmoe::kernels {
 namespace {
-constexpr float kInt8Max = 127.0F;
-constexpr float kInt4Max = 7.0F, kInt4Min = -8.0F;
-// Scales tried for a block of int4, each less than the one before: down to two thirds.
-constexpr int kScaleTries = 12;
-constexpr float kScaleRatio = 0.96F;
-
-std::int64_t blocks_of(std::int64_t hidden) { return (hidden + kFormatBlock - 1) / kFormatBlock; }
-
-std::size_t scale_bytes(RowFormat format, std::int64_t hidden) {
-  switch (format) {
-    case RowFormat::fp8:
-      return 4 * static_cast<std::size_t>(blocks_of(hidden));
-    case RowFormat::int8:
-      return 4;
-    case RowFormat::int4:
-      return 2 * static_cast<std::size_t>(blocks_of(hidden));
-  }
-  return 0;
-}
+using namespace format;
 
 // By the bits, whose order is that of the magnitudes.
 float largest_magnitude(const float* x, std::int64_t count) {
@@ -35,58 +17,6 @@ float largest_magnitude(const float* x, std::int64_t count) {
     largest = std::max(largest, float_bits(x[i]) & 0x7FFFFFFFu);
   }
   return float_from_bits(largest);
-}
-
-// What a scale of 0 divides by: there is nothing but zeros to divide.
-float divisor(float scale) { return scale > 0 ? scale : 1.0F; }
-
-void write_scale(std::uint8_t* out, float scale, bool small) {
-  const float value = small && scale > 0 ? -scale : scale;
-  std::memcpy(out, &value, sizeof value);
-}
-// False for what write_scale never writes.
-bool check_scale(float value, float* scale, bool* small) {
-  *small = std::signbit(value);
-  *scale = std::fabs(value);
-  return *scale <= kMaxScale && !(*small && *scale == 0);
-}
-bool read_scale(const std::uint8_t* in, float* scale, bool* small) {
-  float value;
-  std::memcpy(&value, in, sizeof value);
-  return check_scale(value, scale, small);
-}
-
-// int4's: a bfloat16 whose last bit says that the block's codes have the other sign.
-constexpr std::uint32_t kGrid = 0x20000u;
-float to_grid(float value) {
-  return float_from_bits((float_bits(value) + kGrid / 2) / kGrid * kGrid);
-}
-void write_turned_scale(std::uint8_t* out, float scale, bool small, bool turned) {
-  Bfloat16 value = to_bfloat16(small && scale > 0 ? -scale : scale);
-  if (turned && scale > 0) value.bits |= 1u;
-  std::memcpy(out, &value, sizeof value);
-}
-bool read_turned_scale(const std::uint8_t* in, float* scale, bool* small) {
-  Bfloat16 value;
-  std::memcpy(&value, in, sizeof value);
-  const bool turned = (value.bits & 1u) != 0;
-  value.bits &= 0xFFFEu;
-  if (!check_scale(to_float(value), scale, small) || (turned && *scale == 0)) return false;
-  if (turned) *scale = -*scale;
-  return true;
-}
-
-template <class T>
-constexpr float kLargest = std::numeric_limits<float>::max();
-template <>
-constexpr float kLargest<Bfloat16> = 0x1.FEp+127F;
-
-// A code near the largest value of T may stand for a little more than it.
-template <class T>
-T from_scaled(float value, float up) {
-  const float scaled = value * up;
-  const float below = scaled < kLargest<T> ? scaled : kLargest<T>;
-  return from_float<T>(below > -kLargest<T> ? below : -kLargest<T>);
 }
 
 // fp8 -------------------------------------------------------------------------------------------
@@ -175,8 +105,6 @@ void rotate(float* x, float* scratch, std::int64_t count) {
     count -= part;
   }
 }
-
-float clamp_int4(float q) { return std::min(std::max(q, kInt4Min), kInt4Max); }
 
 // Sum of squared errors at a scale, folded in halves.
 float int4_error(const float* z, float scale, std::int64_t count) {

@@ -5,7 +5,7 @@ message(STATUS "  build type  ${CMAKE_BUILD_TYPE}, ${CMAKE_CXX_COMPILER_ID} ${CM
 message(STATUS "  torch       ${LibTorch_VERSION} in ${LibTorch_LIBRARY_DIR}")
 message(STATUS "  MPI         ${MPI_CXX_VERSION} (${MPIEXEC_EXECUTABLE})")
 if(LSHMOE_WITH_CUDA)
-  message(STATUS "  CUDA        torch's CUDA libraries are linked (${LSHMOE_CUDA_REASON}); this version has no CUDA kernels")
+  message(STATUS "  CUDA        ${LSHMOE_CUDA_REASON}")
 else()
   message(STATUS "  CUDA        OFF (${LSHMOE_CUDA_REASON})")
 endif()

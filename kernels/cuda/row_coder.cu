@@ -1,0 +1,93 @@
+#include "lshmoe/kernels/cuda/row_coder.hpp"
+
+#include "lshmoe/kernels/cuda/launch.cuh"
+
+#include "lshmoe/kernels/cuda/row_coder.cuh"
+
+namespace lshmoe::kernels::cuda {
+namespace {
+
+/// Calls f(threads of a block) for rows of `hidden` values.
+template <class F>
+void with_lanes(std::int64_t hidden, F f) {
+  if (lanes_of(hidden) == kFewLanes) {
+    f(std::integral_constant<int, kFewLanes>{});
+  } else {
+    f(std::integral_constant<int, kManyLanes>{});
+  }
+}
+
+}  // namespace
+
+template <class T>
+void squared_norms(double* squared, const RowsOf<T>& rows, Stream stream) {
+  with_lanes(rows.hidden, [&](auto threads) {
+    launch("squared_norms", squared_norms_kernel<T, threads()>, grid_for(rows.rows, 1), threads(),
+           0, stream, squared, rows);
+  });
+}
+
+void row_bounds(double* bound, CodedGroup* groups, std::int64_t group_count, const double* squared,
+                double max_error, bool by_group, std::int64_t hidden, Stream stream) {
+  launch("row_bounds", row_bounds_kernel<kBlock>, grid_for(group_count, 1), kBlock, 0, stream,
+         bound, groups, group_count, squared, max_error, by_group, hidden);
+}
+
+template <class T>
+void encode_rows(const CodedRows& out, const RowsOf<T>& rows, const CodedGroup* groups,
+                 std::int64_t group_count, const double* squared, const double* bound,
+                 const std::int32_t* id, Dither dither, Stream stream) {
+  with_lanes(rows.hidden, [&](auto threads) {
+    using Row = BlockRow<T, threads()>;
+    launch("encode_rows", encode_rows_kernel<T, threads()>, grid_for(rows.rows, 1), threads(),
+           Row::shared_bytes(rows.hidden), stream, out, rows, groups, group_count, squared, bound,
+           id, dither);
+  });
+}
+
+template <class T>
+void estimate_rows(std::int64_t* bits, const RowsOf<T>& rows, std::int64_t stride,
+                   const CodedGroup* group, const double* bound, const std::int32_t* id,
+                   const std::int32_t* count_order, Stream stream) {
+  with_lanes(rows.hidden, [&](auto threads) {
+    using Row = BlockRow<T, threads()>;
+    launch("estimate_rows", estimate_rows_kernel<T, threads()>, grid_for(rows.rows, stride),
+           threads(), Row::shared_bytes(rows.hidden), stream, bits, rows, stride, group, bound, id,
+           count_order);
+  });
+}
+
+void record_sizes(std::int64_t* payload_bytes, std::int64_t* bad, const CodedGroup* groups,
+                  std::int64_t group_count, std::int64_t rows, std::int64_t hidden,
+                  std::size_t element_bytes, Stream stream) {
+  launch("record_sizes", record_sizes_kernel<kBlock>, grid_for(rows, kBlock / 32), kBlock, 0,
+         stream, payload_bytes, bad, groups, group_count, rows, hidden,
+         hidden * static_cast<std::int64_t>(element_bytes));
+}
+
+template <class T>
+void decode_rows(T* out, const std::int64_t* index, std::int64_t out_rows, std::int64_t* bad,
+                 const CodedGroup* groups, std::int64_t group_count, const std::int64_t* offset,
+                 std::int64_t rows, std::int64_t hidden, Stream stream) {
+  with_lanes(hidden, [&](auto threads) {
+    launch("decode_rows", decode_rows_kernel<T, threads()>, grid_for(rows, 1), threads(),
+           static_cast<std::size_t>(hidden) * sizeof(T), stream, out, index, out_rows, bad, groups,
+           group_count, offset, rows, hidden);
+  });
+}
+
+#define LSHMOE_INSTANTIATE(T)                                                                      \
+  template void squared_norms<T>(double*, const RowsOf<T>&, Stream);                               \
+  template void encode_rows<T>(const CodedRows&, const RowsOf<T>&, const CodedGroup*,              \
+                               std::int64_t, const double*, const double*, const std::int32_t*,    \
+                               Dither, Stream);                                                    \
+  template void estimate_rows<T>(std::int64_t*, const RowsOf<T>&, std::int64_t, const CodedGroup*, \
+                                 const double*, const std::int32_t*, const std::int32_t*, Stream); \
+  template void decode_rows<T>(T*, const std::int64_t*, std::int64_t, std::int64_t*,               \
+                               const CodedGroup*, std::int64_t, const std::int64_t*, std::int64_t, \
+                               std::int64_t, Stream);
+LSHMOE_INSTANTIATE(float)
+LSHMOE_INSTANTIATE(Bfloat16)
+#undef LSHMOE_INSTANTIATE
+
+}  // namespace lshmoe::kernels::cuda
