@@ -32,6 +32,14 @@ void print_line(const std::string& text) {
   std::fflush(stdout);
 }
 
+nlohmann::ordered_json bytes_by_direction(const StepReport& r) {
+  nlohmann::ordered_json bytes;
+  for (std::size_t d = 0; d < r.codec_bytes.size(); ++d) {
+    bytes[std::string(name_of(static_cast<Direction>(d)))] = static_cast<int64_t>(r.codec_bytes[d]);
+  }
+  return bytes;
+}
+
 nlohmann::ordered_json to_json(const StepReport& r, int64_t tokens_per_step) {
   return {{"step", r.step},
           {"loss", r.loss},
@@ -46,6 +54,9 @@ nlohmann::ordered_json to_json(const StepReport& r, int64_t tokens_per_step) {
           {"expert_ms", 1e3 * r.seconds.experts},
           {"bytes_sent", static_cast<int64_t>(r.bytes_sent)},
           {"bytes_raw", static_cast<int64_t>(r.bytes_raw)},
+          {"codec_bytes", bytes_by_direction(r)},
+          {"plan_bytes", static_cast<int64_t>(r.plan_bytes)},
+          {"state_bytes", static_cast<int64_t>(r.state_bytes)},
           {"rate", ratio(r.bytes_sent, r.bytes_raw)},
           {"max_relative_error", r.max_relative_error},
           {"max_error_ratio", r.max_error_ratio},
@@ -72,6 +83,9 @@ void Reporter::add(const StepReport& r, double eval_seconds) {
   sum_.seconds += r.seconds;
   sum_.bytes_sent += r.bytes_sent;
   sum_.bytes_raw += r.bytes_raw;
+  for (std::size_t d = 0; d < r.codec_bytes.size(); ++d) sum_.codec_bytes[d] += r.codec_bytes[d];
+  sum_.plan_bytes += r.plan_bytes;
+  sum_.state_bytes += r.state_bytes;
   sum_.rows += r.rows;
   sum_.clusters += r.clusters;
   sum_.max_relative_error = std::max(sum_.max_relative_error, r.max_relative_error);
@@ -124,6 +138,14 @@ void Reporter::summary(bool stopped) const {
                       100 * sum_.bytes_sent / sum_.bytes_raw,
                       std::abs(sum_.bytes_raw - sum_.bytes_sent) / kMebi,
                       sum_.bytes_sent <= sum_.bytes_raw ? "saved" : "more than raw"));
+    const auto part = [&](double bytes) { return 100 * bytes / sum_.bytes_sent; };
+    std::string parts = "  of the bytes   ";
+    for (std::size_t d = 0; d < sum_.codec_bytes.size(); ++d) {
+      parts += format(" %s %.1f %%,", std::string(name_of(static_cast<Direction>(d))).c_str(),
+                      part(sum_.codec_bytes[d]));
+    }
+    print_line(parts + format(" plan %.1f %%, learned state %.1f %%", part(sum_.plan_bytes),
+                              part(sum_.state_bytes)));
     print_line(format(
         "  codec           %.0f rows and %.1f clusters a step; largest relative error "
         "%.4f, largest share of its bound %.4f",

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <optional>
 #include <span>
 
@@ -83,7 +84,8 @@ void add_exchange(StepReport& report, const MoEStats& stats, const MoELayerOptio
   for (const Direction direction : {Direction::dispatch, Direction::combine,
                                     Direction::combine_backward, Direction::dispatch_backward}) {
     const DirectionStats& d = (*stats.exchange)[direction];
-    report.bytes_sent += static_cast<double>(d.codec_bytes + d.plan_bytes);
+    report.codec_bytes[static_cast<std::size_t>(direction)] += static_cast<double>(d.codec_bytes);
+    report.plan_bytes += static_cast<double>(d.plan_bytes);
     report.bytes_raw += static_cast<double>(d.bytes_raw);
     report.rows += static_cast<double>(d.rows);
     report.clusters += static_cast<double>(d.clusters);
@@ -156,7 +158,7 @@ StepReport Trainer::step(bool stop) {
   const auto state_bytes = [&] { return groups_.expert->traffic(Purpose::codec_state).bytes_sent; };
   const std::uint64_t state_bytes_before = state_bytes();
   model_->refresh_codecs();
-  report.bytes_sent += static_cast<double>(state_bytes() - state_bytes_before);
+  report.state_bytes = static_cast<double>(state_bytes() - state_bytes_before);
   report.seconds.codec += phase.lap();
 
   report.loss = out.loss.item<double>();
@@ -181,10 +183,11 @@ StepReport Trainer::step(bool stop) {
                            &report.seconds.optimiser,
                            &report.seconds.step};
   for (double* field : means) gathered.sum(*field);
-  for (double* field :
-       {&stops, &report.bytes_sent, &report.bytes_raw, &report.rows, &report.clusters}) {
+  for (double* field : {&stops, &report.plan_bytes, &report.state_bytes, &report.bytes_raw,
+                        &report.rows, &report.clusters}) {
     gathered.sum(*field);
   }
+  for (double& bytes : report.codec_bytes) gathered.sum(bytes);
   for (double& count : std::span(load.data_ptr<double>(), static_cast<std::size_t>(load.numel()))) {
     gathered.sum(count);
   }
@@ -192,6 +195,8 @@ StepReport Trainer::step(bool stop) {
   gathered.max(report.max_error_ratio);
   gathered.reduce(*groups_.world);
   for (double* field : means) *field /= world_size;
+  report.bytes_sent = std::accumulate(report.codec_bytes.begin(), report.codec_bytes.end(),
+                                      report.plan_bytes + report.state_bytes);
   report.stop = stops > 0;
   report.expert_load_max_over_mean =
       (std::get<0>(load.max(1)) / load.mean(1).clamp_min(1e-300)).max().item<double>();

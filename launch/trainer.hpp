@@ -3,6 +3,7 @@
 
 #include <torch/torch.h>
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <limits>
@@ -37,7 +38,11 @@ struct StepReport {
   double eval_loss = std::numeric_limits<double>::quiet_NaN();  ///< NaN: not evaluated
   PhaseSeconds seconds;
   double bytes_sent = 0, bytes_raw = 0;  ///< over the world and the four exchanges of all layers
-  double rows = 0, clusters = 0;         ///< given to the codecs; centroids sent
+  // What bytes_sent is the sum of:
+  std::array<double, 4> codec_bytes{};  ///< parcels, by Direction
+  double plan_bytes = 0;                ///< sizes, ids, gate weights and their gradients
+  double state_bytes = 0;               ///< learned state, and the samples it is fitted to
+  double rows = 0, clusters = 0;        ///< given to the codecs; centroids sent
   double max_relative_error = 0, max_error_ratio = 0;
   double expert_load_max_over_mean = 0;  ///< of the least balanced layer
   bool stop = false;                     ///< some rank was asked to stop
