@@ -113,11 +113,19 @@ void validate(const CodecOptions& options) {
   LSHMOE_VALIDATE(options.sample_rows() >= 0, "sample_rows ", options.sample_rows(),
                   " must be 0 (the default) or more");
   LSHMOE_VALIDATE(std::isfinite(options.alpha()), "alpha ", options.alpha(), " must be finite");
-  LSHMOE_VALIDATE(options.rounding() == "nearest" || options.rounding() == "stochastic",
-                  "unknown rounding '", options.rounding(), "': use nearest or stochastic");
+  const std::string& rounding = options.rounding();
+  LSHMOE_VALIDATE(rounding == "nearest" || rounding == "stochastic" || rounding == "dithered",
+                  "unknown rounding '", rounding, "': use nearest, stochastic or dithered");
+  const bool fixed =
+      options.kind() == "fp8" || options.kind() == "int8" || options.kind() == "int4";
+  const bool fits =
+      rounding == "nearest" || (rounding == "stochastic" ? fixed : options.kind() == "lsh");
+  LSHMOE_VALIDATE(fits, "rounding ", rounding, " is not for kind ", options.kind(),
+                  ": use nearest, stochastic with fp8, int8 and int4, or dithered with lsh");
   LSHMOE_VALIDATE(
-      options.rounding() == "nearest" || options.kind() != "bf16",
-      "rounding stochastic is not for kind bf16: use rounding nearest, or another kind");
+      rounding != "dithered" || options.restore() == "expert",
+      "rounding dithered is for restore expert (source sends centroids as they are): use "
+      "rounding nearest");
 }
 
 std::shared_ptr<Codec> make_codec(const CodecOptions& options, const CodecContext& context) {

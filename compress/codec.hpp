@@ -63,9 +63,10 @@ struct CodecOptions {
   TORCH_ARG(int64_t, sample_rows) = 0;
   /// restore=source: y = E(c) + alpha (x - c'). 1 is the paper.
   TORCH_ARG(double, alpha) = 0.0;
-  /// All kinds but none and bf16. nearest, or stochastic: up or down by chance, so that the mean of
-  /// what is decoded is what was sent (but for the cast to the row's dtype). The noise is a
-  /// function of the seed, the layer, the direction and the row.
+  /// nearest; or one that keeps the mean of many rows (but for the cast to the row's dtype):
+  /// stochastic (fp8, int8, int4), up or down by chance; dithered (lsh, restore=expert), with an
+  /// offset that both ends know, at about the error of nearest. The noise is a function of the
+  /// seed, the layer, the direction and the row.
   TORCH_ARG(std::string, rounding) = "nearest";
   /// Of projection and noise; independent of the seeds of parameters and data.
   TORCH_ARG(uint64_t, seed) = 0;

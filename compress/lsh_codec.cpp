@@ -32,6 +32,7 @@ constexpr std::uint8_t kHasMean = 2;    // the shared part has the group's mean
 constexpr std::uint8_t kHasOrder = 4;   // ... the channel order
 constexpr std::uint8_t kGroupStep = 8;  // ... one step (reference group); rows have fractions of it
 constexpr std::uint8_t kBasis = 16;     // coefficients in the learned state's basis
+constexpr std::uint8_t kDither = 32;    // the shared part has the key of a dither
 
 // bf16 rows cannot be rebuilt to less than about half a unit in their last place.
 constexpr double kLeastErrorBfloat16 = 0.004;
@@ -152,9 +153,9 @@ class LshCodec final : public CpuCodec {
                (options.max_error() == 0 ||
                 (context.dtype == at::kBFloat16 && options.max_error() < kLeastErrorBfloat16))),
         learned_(!source_ && !whole_ && options.state() == "learned"),
-        noise_(options.rounding() == "stochastic"
-                   ? std::optional(noise_stream(options.seed(), context))
-                   : std::nullopt),
+        dither_key_(options.rounding() == "dithered" ? std::optional(static_cast<std::uint32_t>(
+                                                           noise_stream(options.seed(), context)))
+                                                     : std::nullopt),
         projection_(whole_ ? std::vector<float>()
                            : projection_matrix(options, context.hidden_size, context.layer)) {}
 
@@ -229,7 +230,7 @@ class LshCodec final : public CpuCodec {
   bool by_group_;
   bool whole_;  // every row travels as it is
   bool learned_;
-  std::optional<std::uint64_t> noise_;  // the stream of stochastic rounding
+  std::optional<std::uint32_t> dither_key_;
   std::vector<float> projection_;
 
   // state=learned. Parcels of the former version may still be on their way to decode.
@@ -293,10 +294,26 @@ class LshCodec final : public CpuCodec {
 
   std::size_t least_row_bytes(const ParcelHeader& header) const override {
     if (source_ || header.flags == kAllWhole) return whole_bytes();
-    const std::size_t step_bytes = (header.flags & kGroupStep) != 0 ? 1 : 2;
-    return RowLayout(context().hidden_size, step_bytes, centroid_id_bytes(header.centroids),
-                     sizeof(T))
+    const StepCode steps((header.flags & kGroupStep) != 0 ? 1.0F : 0.0F,
+                         (header.flags & kDither) != 0);
+    return RowLayout(context().hidden_size, steps, centroid_id_bytes(header.centroids), sizeof(T))
         .record_bytes;
+  }
+
+  [[nodiscard]] StepCode step_codes(float group_step) const {
+    return StepCode(group_step, dither_key_.has_value(), dither_key_.value_or(0));
+  }
+  // The front of the shared part. Returns what is behind it.
+  std::uint8_t* write_steps(std::uint8_t* shared, float group_step) const {
+    if (group_step > 0) {
+      std::memcpy(shared, &group_step, 4);
+      shared += 4;
+    }
+    if (dither_key_) {
+      std::memcpy(shared, &*dither_key_, 4);
+      shared += 4;
+    }
+    return shared;
   }
 
   // What the groups of one encode call add to.
@@ -468,24 +485,22 @@ class LshCodec final : public CpuCodec {
     }
     const float step_on_wire = set_bounds(rows, work);
     const bool grouped = step_on_wire > 0;
-    const StepCode steps(step_on_wire);
+    const StepCode steps = step_codes(step_on_wire);
     RowCoder<float> base_coder(hidden, StepCode(), 0);
     Plan plan = choose_plan(rows, steps, work, base_coder, options().max_clusters() > 0);
 
     RowCoder<T> coder(hidden, steps, centroid_id_bytes(plan.clusters.count));
     const RowLayout& layout = coder.layout();
     const bool has_order = !plan.order.empty();
-    const auto shared_bytes =
-        (grouped ? 4 : 0) + (has_order ? order_bytes(hidden, layout.bands) : 0) + plan.base.bytes();
+    const auto shared_bytes = (grouped ? 4 : 0) + (dither_key_ ? 4 : 0) +
+                              (has_order ? order_bytes(hidden, layout.bands) : 0) +
+                              plan.base.bytes();
     const std::size_t begin = stream.bytes.size();
     const std::size_t directory = begin + ParcelHeader::kBytes + shared_bytes;
     std::size_t payload = directory + n * layout.record_bytes;
     stream.bytes.resize(payload);
     std::uint8_t* shared = stream.bytes.data() + begin + ParcelHeader::kBytes;
-    if (grouped) {
-      std::memcpy(shared, &step_on_wire, 4);
-      shared += 4;
-    }
+    shared = write_steps(shared, step_on_wire);
     if (has_order) {
       write_order(shared, plan.order, layout.bands);
       shared += order_bytes(hidden, layout.bands);
@@ -515,8 +530,6 @@ class LshCodec final : public CpuCodec {
         x = work.row.data();
       }
       const auto id = static_cast<std::uint32_t>(plan.clusters.assignment[row] + 1);
-      if (noise_)
-        coder.set_noise(noise_key(*noise_, natural, 4 * static_cast<std::size_t>(hidden)));
       grow(stream.bytes, payload + coder.max_payload());
       double error = 0;
       std::uint8_t* record = stream.bytes.data() + directory + row * layout.record_bytes;
@@ -538,9 +551,9 @@ class LshCodec final : public CpuCodec {
     ParcelHeader header;
     header.kind = parcel_kind();
     header.dtype = context().dtype;
-    header.flags =
-        static_cast<std::uint8_t>((plan.base.mean.empty() ? 0 : kHasMean) |
-                                  (has_order ? kHasOrder : 0) | (grouped ? kGroupStep : 0));
+    header.flags = static_cast<std::uint8_t>(
+        (plan.base.mean.empty() ? 0 : kHasMean) | (has_order ? kHasOrder : 0) |
+        (grouped ? kGroupStep : 0) | (dither_key_ ? kDither : 0));
     header.rows = static_cast<std::uint32_t>(rows);
     header.hidden_size = static_cast<std::uint32_t>(hidden);
     header.centroids = static_cast<std::uint32_t>(plan.clusters.count);
@@ -581,7 +594,7 @@ class LshCodec final : public CpuCodec {
     if (count == 0) return learned;
     load({source.data, tokens.data(), count}, 0, count, work);
     static_cast<void>(set_bounds(count, work));
-    learned.coded = StateCoder<T>(*current_, StepCode(), options(), projection_, noise_)
+    learned.coded = StateCoder<T>(*current_, step_codes(0), options(), projection_)
                         .encode(work.x.data(), count, work.norm.data(), work.bound.data());
     learned.norm = work.norm;
     learned.bound = work.bound;
@@ -596,9 +609,8 @@ class LshCodec final : public CpuCodec {
     if (by_group_) {
       load(source, first, rows, work);
       step_on_wire = set_bounds(rows, work);
-      learned.coded =
-          StateCoder<T>(*current_, StepCode(step_on_wire), options(), projection_, noise_)
-              .encode(work.x.data(), rows, work.norm.data(), work.bound.data());
+      learned.coded = StateCoder<T>(*current_, step_codes(step_on_wire), options(), projection_)
+                          .encode(work.x.data(), rows, work.norm.data(), work.bound.data());
       learned.norm = work.norm;
       learned.bound = work.bound;
     }
@@ -613,7 +625,7 @@ class LshCodec final : public CpuCodec {
     for (std::size_t i = 0; i < n; ++i) bytes += coded.bytes(number(i));
     // A group that its own parcel explains in less, like one of equal rows, or after a change that
     // the state has not seen yet.
-    const RowLayout plain(hidden, StepCode(step_on_wire).bytes(), 0, sizeof(T));
+    const RowLayout plain(hidden, step_codes(step_on_wire), 0, sizeof(T));
     const double payload_bits =
         8.0 * static_cast<double>(bytes - std::min(bytes, n * plain.record_bytes));
     if (explained_bits(source, first, rows) < 0.95 * payload_bits || bytes >= n * whole_bytes()) {
@@ -623,11 +635,12 @@ class LshCodec final : public CpuCodec {
     }
 
     const std::size_t begin = stream.bytes.size();
-    const std::size_t shared_bytes = step_on_wire > 0 ? 4 : 0;
+    const std::size_t shared_bytes = (step_on_wire > 0 ? 4 : 0) + (dither_key_ ? 4 : 0);
     ParcelHeader header;
     header.kind = parcel_kind();
     header.dtype = context().dtype;
     header.flags = static_cast<std::uint8_t>((step_on_wire > 0 ? kGroupStep : 0) |
+                                             (dither_key_ ? kDither : 0) |
                                              (current_->basis.defined() ? kBasis : 0));
     header.rows = static_cast<std::uint32_t>(rows);
     header.hidden_size = static_cast<std::uint32_t>(hidden);
@@ -637,8 +650,7 @@ class LshCodec final : public CpuCodec {
     header.body_bytes = bytes;
     stream.bytes.resize(begin + ParcelHeader::kBytes + shared_bytes + bytes);
     std::uint8_t* out = stream.bytes.data() + begin + ParcelHeader::kBytes;
-    if (shared_bytes > 0) std::memcpy(out, &step_on_wire, 4);
-    std::uint8_t* record = out + shared_bytes;
+    std::uint8_t* record = write_steps(out, step_on_wire);
     std::uint8_t* payload = record + n * coded.record_bytes;
     for (std::size_t i = 0; i < n; ++i, record += coded.record_bytes) {
       const std::size_t row = number(i);
@@ -664,7 +676,7 @@ class LshCodec final : public CpuCodec {
     const auto count = static_cast<int64_t>(sample.size());
     Workspace work;
     load({source.data, sample.data(), count}, 0, count, work);
-    const StepCode steps(set_bounds(count, work));
+    const StepCode steps = step_codes(set_bounds(count, work));
     RowCoder<float> base_coder(context().hidden_size, StepCode(), 0);
     const Plan plan = choose_plan(count, steps, work, base_coder, /*clusters=*/false);
     return plan.row_bits * static_cast<double>(rows) / static_cast<double>(count) +
@@ -881,7 +893,7 @@ class LshCodec final : public CpuCodec {
     }
     const bool with_state = header.state_version != 0;
     LSHMOE_VALIDATE((header.flags &
-                     ~(with_state ? kGroupStep | kBasis : kHasMean | kHasOrder | kGroupStep)) == 0,
+                     ~(kGroupStep | kDither | (with_state ? kBasis : kHasMean | kHasOrder))) == 0,
                     "decode: a parcel has unknown flags (damaged parcel)");
     const LearnedState* state = with_state ? &state_of_version(header) : nullptr;
     const Shared shared = read_shared(parcel, state);
@@ -959,15 +971,23 @@ class LshCodec final : public CpuCodec {
                       " bytes short (damaged parcel)");
       left -= bytes;
     };
+    float step = 0;
+    std::optional<std::uint32_t> dither_key;
     if ((header.flags & kGroupStep) != 0) {
       need(4);
-      float step = 0;
       std::memcpy(&step, at, 4);
       at += 4;
       LSHMOE_VALIDATE(step >= 4 * kernels::kMinStep && step <= kernels::kMaxStep,
                       "decode: a parcel's step is out of range (damaged parcel)");
-      shared.steps = StepCode(step);
     }
+    if ((header.flags & kDither) != 0) {
+      need(4);
+      std::uint32_t key = 0;
+      std::memcpy(&key, at, 4);
+      at += 4;
+      dither_key = key;
+    }
+    shared.steps = StepCode(step, dither_key.has_value(), dither_key.value_or(0));
     if ((header.flags & kHasOrder) != 0) {
       LSHMOE_VALIDATE(layout.bands > 1,
                       "decode: a channel order for one band of channels (damaged parcel)");

@@ -6,44 +6,49 @@
 #include <type_traits>
 
 #include "lshmoe/compress/phases.hpp"
+#include "lshmoe/kernels/checksum.hpp"
 #include "lshmoe/kernels/rows.hpp"
 #include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
 
-RowLayout::RowLayout(std::int64_t hidden_size, std::size_t step, std::size_t id,
+RowLayout::RowLayout(std::int64_t hidden_size, const StepCode& steps, std::size_t id,
                      std::size_t element_bytes)
     : hidden(hidden_size),
       bands((hidden_size + kernels::kBandValues - 1) / kernels::kBandValues),
-      step_bytes(step),
+      step_bytes(steps.bytes()),
+      salt_bytes(steps.dithered() ? 1 : 0),
       id_bytes(id),
       index_bytes(static_cast<std::size_t>(bands + 1) / 2),
-      record_bytes(step + id + index_bytes),
+      record_bytes(step_bytes + salt_bytes + id + index_bytes),
       whole_bytes(static_cast<std::size_t>(hidden_size) * element_bytes) {}
 
 template <class T>
 RowCoder<T>::RowCoder(std::int64_t hidden, StepCode steps, std::size_t id_bytes)
-    : layout_(hidden, steps.bytes(), id_bytes, sizeof(T)),
+    : layout_(hidden, steps, id_bytes, sizeof(T)),
       steps_(steps),
       residual_(static_cast<std::size_t>(hidden)),
+      offset_(steps.dithered() ? static_cast<std::size_t>(hidden) : 0),
       q_(static_cast<std::size_t>(hidden)),
       ordered_(static_cast<std::size_t>(hidden)),
       index_(static_cast<std::size_t>(layout_.bands) + 1) {}
 
 template <class T>
-void RowCoder<T>::set_noise(kernels::NoiseKey key) {
-  offset_.resize(q_.size());
+void RowCoder<T>::set_salt(std::uint32_t salt) {
   for (std::size_t j = 0; j < offset_.size(); ++j) {
-    const std::uint32_t random = kernels::noise(key, static_cast<std::uint32_t>(j));
-    offset_[j] = static_cast<float>(static_cast<std::int32_t>(random >> 8)) * 0x1p-24F - 0.5F;
+    offset_[j] = kernels::dither(steps_.dither_key(), static_cast<std::uint32_t>(j), salt);
   }
 }
 
 template <class T>
-void RowCoder<T>::write_record(std::uint8_t* record, std::uint16_t step, std::uint32_t id) const {
+void RowCoder<T>::write_record(std::uint8_t* record, std::uint16_t step, std::uint32_t salt,
+                               std::uint32_t id) const {
   std::memcpy(record, &step, layout_.step_bytes);
-  std::memcpy(record + layout_.step_bytes, &id, layout_.id_bytes);
-  std::uint8_t* indices = record + layout_.step_bytes + layout_.id_bytes;
+  record += layout_.step_bytes;
+  std::memcpy(record, &salt, layout_.salt_bytes);
+  record += layout_.salt_bytes;
+  std::memcpy(record, &id, layout_.id_bytes);
+  std::uint8_t* indices = record + layout_.id_bytes;
   for (std::size_t i = 0; i < layout_.index_bytes; ++i) {
     indices[i] = static_cast<std::uint8_t>(index_[2 * i] | index_[2 * i + 1] << 4);
   }
@@ -59,13 +64,13 @@ std::uint16_t RowCoder<T>::step_of(const std::uint8_t* record) const {
 template <class T>
 std::uint32_t RowCoder<T>::id(const std::uint8_t* record) const {
   std::uint32_t id = 0;
-  std::memcpy(&id, record + layout_.step_bytes, layout_.id_bytes);
+  std::memcpy(&id, record + layout_.step_bytes + layout_.salt_bytes, layout_.id_bytes);
   return id;
 }
 
 template <class T>
 void RowCoder<T>::read_index(const std::uint8_t* record) {
-  const std::uint8_t* indices = record + layout_.step_bytes + layout_.id_bytes;
+  const std::uint8_t* indices = record + layout_.step_bytes + layout_.salt_bytes + layout_.id_bytes;
   for (std::size_t i = 0; i < layout_.index_bytes; ++i) {
     index_[2 * i] = indices[i] & 15;
     index_[2 * i + 1] = indices[i] >> 4;
@@ -91,7 +96,7 @@ std::size_t RowCoder<T>::encode(std::uint8_t* record, std::uint8_t* payload, con
   std::fill(index_.begin(), index_.end(), std::uint8_t{0});
   *error = 0;
   if (norm == 0) {
-    write_record(record, steps_.zero_row(), id);
+    write_record(record, steps_.zero_row(), 0, id);
     return 0;
   }
   // The receiver's own arithmetic decides; the slack covers another order of these double sums.
@@ -102,16 +107,22 @@ std::size_t RowCoder<T>::encode(std::uint8_t* record, std::uint8_t* payload, con
     for (std::int64_t j = 0; j < hidden; ++j) residual_[j] = x[j] - base[j];
     left = std::sqrt(kernels::squared_norm(residual_.data(), hidden));
   }
-  const float* offset = offset_.empty() ? nullptr : offset_.data();
-  // With noise even a small residual counts, or the rows' mean would not be kept.
-  if (left <= bound && offset == nullptr) {
+  std::uint32_t salt = 0;
+  if (steps_.dithered()) {
+    salt = kernels::checksum(natural, static_cast<std::size_t>(hidden) * sizeof(float),
+                             steps_.dither_key()) %
+           kernels::kDitherSalts;
+    set_salt(salt);
+  }
+  // With a dither even a small residual counts, or the rows' mean would not be kept.
+  if (left <= bound && offset() == nullptr) {
     // What the receiver has already is near enough: any step does.
     const std::uint16_t code = steps_.bytes() == 1 ? 0 : kernels::step_code(1.0F);
     std::fill(q_.begin(), q_.end(), 0);
     *error = std::sqrt(
         kernels::reconstruction_error<Received>(x, base, q_.data(), hidden, steps_.value(code)));
     if (*error <= allowed) {
-      write_record(record, code, id);
+      write_record(record, code, 0, id);
       return 0;
     }
   }
@@ -120,14 +131,15 @@ std::size_t RowCoder<T>::encode(std::uint8_t* record, std::uint8_t* payload, con
   std::uint16_t code = steps_.zero_row();
   if (bound > 0) {
     const PhaseTimer timer(Phase::step_search, 4 * hidden);
-    code = steps_.below(kernels::search_step(residual_.data(), hidden, bound, offset));
+    code = steps_.below(kernels::search_step(residual_.data(), hidden, bound, offset()));
   }
   for (int attempt = 0; attempt < 6 && steps_.is_step(code); ++attempt) {
     const float step = steps_.value(code);
     {
       const PhaseTimer timer(Phase::quantize, 16 * hidden);
-      if (!kernels::quantize(q_.data(), residual_.data(), hidden, step, offset)) break;
-      *error = std::sqrt(kernels::reconstruction_error<Received>(x, base, q_.data(), hidden, step));
+      if (!kernels::quantize(q_.data(), residual_.data(), hidden, step, offset())) break;
+      *error = std::sqrt(
+          kernels::reconstruction_error<Received>(x, base, q_.data(), hidden, step, offset()));
     }
     if (*error <= allowed) {
       const PhaseTimer timer(Phase::pack, 4 * hidden);
@@ -136,14 +148,14 @@ std::size_t RowCoder<T>::encode(std::uint8_t* record, std::uint8_t* payload, con
       if (bytes >= layout_.whole_bytes) break;
       std::memset(payload, 0, bytes + 8);
       kernels::pack_bands(payload, q_.data(), hidden, index_.data());
-      write_record(record, code, id);
+      write_record(record, code, salt, id);
       return bytes;
     }
     code = steps_.smaller(code, 1 << attempt);
   }
   std::fill(index_.begin(), index_.end(), std::uint8_t{0});
   *error = 0;
-  write_record(record, steps_.whole_row(), id);
+  write_record(record, steps_.whole_row(), 0, id);
   for (std::int64_t j = 0; j < hidden; ++j) {
     const T value = kernels::from_float<T>(natural[j]);
     std::memcpy(payload + static_cast<std::size_t>(j) * sizeof(T), &value, sizeof(T));
@@ -157,10 +169,13 @@ void RowCoder<T>::estimate(const float* r, double bound, const std::int32_t* ord
   const std::int64_t hidden = layout_.hidden;
   const auto whole = static_cast<std::int64_t>(8 * layout_.whole_bytes);
   *bits_plain = *bits_ordered = 0;
-  if (std::sqrt(kernels::squared_norm(r, hidden)) <= bound) return;
-  const std::uint16_t code =
-      bound > 0 ? steps_.below(kernels::search_step(r, hidden, bound)) : steps_.zero_row();
-  if (!steps_.is_step(code) || !kernels::quantize(q_.data(), r, hidden, steps_.value(code))) {
+  if (offset() == nullptr && std::sqrt(kernels::squared_norm(r, hidden)) <= bound) return;
+  set_salt(0);  // all alike
+  const std::uint16_t code = bound > 0
+                                 ? steps_.below(kernels::search_step(r, hidden, bound, offset()))
+                                 : steps_.zero_row();
+  if (!steps_.is_step(code) ||
+      !kernels::quantize(q_.data(), r, hidden, steps_.value(code), offset())) {
     *bits_plain = *bits_ordered = whole;
     return;
   }
@@ -222,8 +237,15 @@ void RowCoder<T>::decode(Received* out, const std::uint8_t* record, const std::u
   const PhaseTimer timer(Phase::reconstruct,
                          static_cast<std::int64_t>(8 + sizeof(Received)) * hidden);
   const float step = steps_.value(code);
+  if (layout_.salt_bytes == 0) {
+    for (std::int64_t j = 0; j < hidden; ++j) {
+      out[j] = kernels::reconstruct<Received>(base[j], static_cast<float>(q_[j]), step);
+    }
+    return;
+  }
+  set_salt(record[layout_.step_bytes]);
   for (std::int64_t j = 0; j < hidden; ++j) {
-    out[j] = kernels::reconstruct<Received>(base[j], q_[j], step);
+    out[j] = kernels::reconstruct<Received>(base[j], static_cast<float>(q_[j]) - offset_[j], step);
   }
 }
 

@@ -2,16 +2,15 @@
 // One row on the wire: a record of fixed size in the directory, and a payload. codec.md, steps
 // 6, 7.
 //
-// Record: step (2 bytes, or 1 with a group step) | cluster id (0, 1 or 2 bytes) | band indices (4
-// bits a band, even bands in the low half). Payload: the bands' numbers, or the row itself.
+// Record: step (2 bytes, or 1 with a group step) | salt of the dither (1 byte, or none) | cluster
+// id (0, 1 or 2 bytes) | band indices (4 bits a band, even bands in the low half). Payload: the
+// bands' numbers, or the row itself.
 
 #include <cstddef>
 #include <cstdint>
-#include <span>
 #include <vector>
 
 #include "lshmoe/kernels/bands.hpp"
-#include "lshmoe/kernels/formats.hpp"
 #include "lshmoe/kernels/quantize.hpp"
 
 namespace lshmoe {
@@ -20,12 +19,12 @@ using kernels::StepCode;
 
 /// Sizes of the parts of a record.
 struct RowLayout {
-  RowLayout(std::int64_t hidden_size, std::size_t step_bytes, std::size_t id_bytes,
+  RowLayout(std::int64_t hidden_size, const StepCode& steps, std::size_t id_bytes,
             std::size_t element_bytes);
 
   std::int64_t hidden;
   std::int64_t bands;
-  std::size_t step_bytes, id_bytes, index_bytes;
+  std::size_t step_bytes, salt_bytes, id_bytes, index_bytes;
   std::size_t record_bytes;
   std::size_t whole_bytes;  ///< of a row sent as it is
 };
@@ -38,13 +37,11 @@ class RowCoder {
 
   [[nodiscard]] const RowLayout& layout() const { return layout_; }
 
-  /// The next rows are rounded stochastically, with this key's noise.
-  void set_noise(kernels::NoiseKey key);
-
   /// Writes the row's record and its payload (room: max_payload()), and returns the payload's
   /// bytes. x, base [hidden] in coding order: the row, and what the receiver adds (zeros for
   /// nothing). natural [hidden]: the row in the order in which it travels when it travels whole.
   /// bound: on |x - x'|; norm: |x|, both from double sums. id: 0 or the cluster's number + 1.
+  /// With a dither the salt is taken from natural: equal rows get equal bytes.
   /// `error`: the true |x - x'|. Received: what the receiver makes of the row's values; float for
   /// coefficients that it turns into values of T by itself.
   template <class Received = T>
@@ -78,13 +75,16 @@ class RowCoder {
   RowLayout layout_;
   StepCode steps_;
   std::vector<float> residual_;
-  std::vector<float> offset_;  // empty: rounded to nearest
+  std::vector<float> offset_;  // the dither of the row at hand; empty: none
   std::vector<std::int32_t> q_, ordered_;
   std::vector<std::uint8_t> index_;
   std::vector<std::uint8_t> padded_;
 
+  void set_salt(std::uint32_t salt);
+  [[nodiscard]] const float* offset() const { return offset_.empty() ? nullptr : offset_.data(); }
   [[nodiscard]] std::uint16_t step_of(const std::uint8_t* record) const;
-  void write_record(std::uint8_t* record, std::uint16_t step, std::uint32_t id) const;
+  void write_record(std::uint8_t* record, std::uint16_t step, std::uint32_t salt,
+                    std::uint32_t id) const;
   void read_index(const std::uint8_t* record);
 };
 

@@ -5,7 +5,6 @@
 #include <numeric>
 #include <type_traits>
 
-#include "lshmoe/compress/noise.hpp"
 #include "lshmoe/compress/phases.hpp"
 #include "lshmoe/kernels/lsh.hpp"
 #include "lshmoe/runtime/error.hpp"
@@ -23,8 +22,8 @@ std::size_t centroid_id_bytes(std::int64_t centroids) {
 
 template <class T>
 StateCoder<T>::StateCoder(const LearnedState& state, StepCode steps, const CodecOptions& options,
-                          std::span<const float> projection, std::optional<std::uint64_t> noise)
-    : state_(state), steps_(steps), options_(options), projection_(projection), noise_(noise) {}
+                          std::span<const float> projection)
+    : state_(state), steps_(steps), options_(options), projection_(projection) {}
 
 // What of a row's bound is left for its coefficients: the products at both ends round, and so does
 // the cast to bfloat16.
@@ -145,10 +144,6 @@ StateRows StateCoder<T>::encode(const float* x, std::int64_t rows, const double*
     std::uint8_t* payload = out.payloads.data() + at;
     const float* natural = x + i * hidden;
     const auto id = static_cast<std::uint32_t>(out.assignment[row] + 1);
-    if (noise_) {
-      coder.set_noise(
-          noise_key(*noise_, natural, static_cast<std::size_t>(hidden) * sizeof(float)));
-    }
     double error = 0;
     if (transformed.defined()) {
       const double allowed = coefficient_bound(bound[row], norm[row]);

@@ -2,7 +2,6 @@
 // Rows coded against a learned state: a record and a payload each, the same for every destination.
 
 #include <cstdint>
-#include <optional>
 #include <span>
 #include <vector>
 
@@ -35,9 +34,8 @@ template <class T>
 class StateCoder {
  public:
   /// `state` and `projection` must outlive it.
-  /// noise: the stream of stochastic rounding; none: to nearest.
   StateCoder(const LearnedState& state, StepCode steps, const CodecOptions& options,
-             std::span<const float> projection, std::optional<std::uint64_t> noise = {});
+             std::span<const float> projection);
 
   /// x [rows, hidden], norm, bound [rows], as RowCoder::encode. Centroids are used only where a
   /// sample of the rows says that they save bytes.
@@ -54,7 +52,6 @@ class StateCoder {
   StepCode steps_;
   const CodecOptions& options_;
   std::span<const float> projection_;
-  std::optional<std::uint64_t> noise_;
 
   [[nodiscard]] double coefficient_bound(double bound, double norm) const;
   [[nodiscard]] at::Tensor coefficients(const float* x, const std::vector<std::int64_t>& rows,

@@ -16,16 +16,33 @@ namespace lshmoe::kernels {
 inline constexpr float kMinStep = 0x1p-110F;
 inline constexpr float kMaxStep = 0x1p+110F;
 
-/// Value of a quantised coefficient: base + q * step, two roundings, then the cast to T.
-/// Device code must not fuse the two.
+/// Value of a quantised coefficient: base + level * step, two roundings, then the cast to T. level:
+/// q, or q less its dither, both exact in fp32. Device code must not fuse the two.
 template <class T>
-LSHMOE_HOST_DEVICE inline T reconstruct(float base, std::int32_t q, float step) {
+LSHMOE_HOST_DEVICE inline T reconstruct(float base, float level, float step) {
 #if defined(__CUDA_ARCH__)
-  return from_float<T>(__fadd_rn(base, __fmul_rn(static_cast<float>(q), step)));
+  return from_float<T>(__fadd_rn(base, __fmul_rn(level, step)));
 #else
-  const float product = static_cast<float>(q) * step;
+  const float product = level * step;
   return from_float<T>(base + product);
 #endif
+}
+
+// Subtractive dither: both ends know an offset u for every coefficient; q = round(r / step + u)
+// comes back as q - u. The error is spread evenly over -1/2 .. 1/2 of a step whatever r is, so the
+// mean over many rows is kept, at the error of rounding to nearest (L. Schuchman, 1964).
+
+/// Rows differ in their dither by a salt of one byte.
+inline constexpr std::uint32_t kDitherSalts = 256;
+/// u of coefficient `index` in the rows of salt `salt`, by `key`. For each coefficient the salts
+/// have 256 evenly spaced offsets, whose mean is 0.
+LSHMOE_HOST_DEVICE inline float dither(std::uint32_t key, std::uint32_t index, std::uint32_t salt) {
+  std::uint32_t h = index * 0x9E3779B9u + key;
+  h = (h ^ (h >> 16)) * 0x7FEB352Du;
+  h = (h ^ (h >> 15)) * 0x846CA68Bu;
+  h ^= h >> 16;
+  const std::uint32_t place = ((h | 1u) * (salt ^ ((h >> 8) & 255u)) + (h >> 16)) & 255u;
+  return static_cast<float>(static_cast<std::int32_t>(2 * place) - 255) * (1.0F / 512);
 }
 
 /// 16 bits for a step: the upper bits of a positive float (8 of exponent, 8 of mantissa), so that
@@ -44,12 +61,19 @@ LSHMOE_HOST_DEVICE inline bool is_step_code(std::uint16_t code) {
   return code >= (float_bits(kMinStep) >> 15) && code <= (float_bits(kMaxStep) >> 15);
 }
 
-/// Step codes of one parcel. Without a group step: 16 bits, step_code. With one: 8 bits, code k is
-/// step * (256 - k) / 256; 254 is a zero row, 255 a whole one.
+/// How the rows of one parcel are quantised: their step codes, and their dither, if any.
+/// Without a group step: 16 bits, step_code. With one: 8 bits, code k is step * (256 - k) / 256;
+/// 254 is a zero row, 255 a whole one.
 class StepCode {
  public:
   StepCode() = default;
-  LSHMOE_HOST_DEVICE explicit StepCode(float group_step) : group_step_(group_step) {}
+  /// group_step 0: none.
+  LSHMOE_HOST_DEVICE explicit StepCode(float group_step, bool dithered = false,
+                                       std::uint32_t dither_key = 0)
+      : group_step_(group_step), dither_key_(dither_key), dithered_(dithered) {}
+
+  [[nodiscard]] LSHMOE_HOST_DEVICE bool dithered() const { return dithered_; }
+  [[nodiscard]] LSHMOE_HOST_DEVICE std::uint32_t dither_key() const { return dither_key_; }
 
   [[nodiscard]] LSHMOE_HOST_DEVICE std::size_t bytes() const { return group_step_ > 0 ? 1 : 2; }
   [[nodiscard]] LSHMOE_HOST_DEVICE std::uint16_t zero_row() const {
@@ -85,6 +109,8 @@ class StepCode {
 
  private:
   float group_step_ = 0;
+  std::uint32_t dither_key_ = 0;
+  bool dithered_ = false;
 };
 
 /// The step that the rows of a group take fractions of, for a common bound; 0: out of range, every
@@ -101,10 +127,9 @@ LSHMOE_HOST_DEVICE inline float group_step(double bound, std::int64_t hidden) {
 /// other, from the step whose error would be `bound` for values uniform in their cells.
 class StepSearch {
  public:
-  /// count values; dithered: rounded with offsets.
-  LSHMOE_HOST_DEVICE StepSearch(std::int64_t count, double bound, bool dithered)
-      : bound_(bound),
-        step_(bound * std::sqrt((dithered ? 6.0 : 12.0) / static_cast<double>(count))) {}
+  /// Of `count` values.
+  LSHMOE_HOST_DEVICE StepSearch(std::int64_t count, double bound)
+      : bound_(bound), step_(bound * std::sqrt(12.0 / static_cast<double>(count))) {}
 
   /// The step to try next.
   [[nodiscard]] LSHMOE_HOST_DEVICE float tried() const {
@@ -158,8 +183,7 @@ class StepSearch {
 [[nodiscard]] double squared_norm(const float* x, std::int64_t count);
 
 /// Estimate of sum (r - round(r / step) step)^2 / step^2, in fp32.
-/// offset, in all three: null, or [count] within -0.5 .. 0.5, added to r / step before it is
-/// rounded; evenly spread offsets make stochastic rounding.
+/// offset, in all four: the dither [count]; null: none.
 [[nodiscard]] float rounding_error(const float* r, std::int64_t count, float step,
                                    const float* offset = nullptr);
 
@@ -167,10 +191,12 @@ class StepSearch {
 [[nodiscard]] bool quantize(std::int32_t* q, const float* r, std::int64_t count, float step,
                             const float* offset = nullptr);
 
-/// sum (x - reconstruct<T>(base, q, step))^2 in double: the error the receiver will really see.
+/// sum (x - reconstruct<T>(base, q - offset, step))^2 in double: the error the receiver will really
+/// see.
 template <class T>
 [[nodiscard]] double reconstruction_error(const float* x, const float* base, const std::int32_t* q,
-                                          std::int64_t count, float step);
+                                          std::int64_t count, float step,
+                                          const float* offset = nullptr);
 
 /// Largest step found by StepSearch.
 [[nodiscard]] float search_step(const float* r, std::int64_t count, double bound,

@@ -46,6 +46,7 @@ CodecOptions backward_codec(const TrainOptions& o) {
   if (!o.compress_backward.empty()) codec.kind(o.compress_backward);
   if (!std::isnan(o.max_error_backward)) codec.max_error(o.max_error_backward);
   if (!o.rounding_backward.empty()) codec.rounding(o.rounding_backward);
+  if (!o.error_reference_backward.empty()) codec.error_reference(o.error_reference_backward);
   return codec;
 }
 
@@ -127,8 +128,10 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
           "error-reference", value<string>(o.error_reference, ""),
           "bound relative to the row's norm (row) or the group's rms norm (group); default: row, "
           "and "
-          "group for combine")("hashes", value<int64_t>(o.hashes, 3),
-                               "cross-polytope hashes a row")(
+          "group for combine")("error-reference-backward",
+                               value<string>(o.error_reference_backward, ""),
+                               "the same for the two backward exchanges; default: as forward")(
+          "hashes", value<int64_t>(o.hashes, 3), "cross-polytope hashes a row")(
           "hash-dim", value<int64_t>(o.hash_dim, 8), "dimension of each hash")(
           "projection", value<int64_t>(o.projection, 64), "columns of the random projection")(
           "refine", value<int64_t>(o.refine, 1), "nearest-centroid passes after the hashing")(
@@ -145,7 +148,7 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
           "learned: rows a fit sees; 0: 4096, with a basis at least 10 x hidden-size")(
           "alpha", real(o.alpha, 0, "0"), "restore=source: weight of the residual; 1 is the paper")(
           "rounding", value<string>(o.rounding, "nearest"),
-          "fp8, int8 and int4: nearest, or stochastic (without bias)")(
+          "nearest; without bias: stochastic (fp8, int8, int4), dithered (lsh)")(
           "rounding-backward", value<string>(o.rounding_backward, ""),
           "the same for the two backward exchanges; default: as forward")(
           "codec-on-self", po::bool_switch(&o.codec_on_self),
@@ -177,7 +180,7 @@ LanguageModelOptions model_options(const TrainOptions& o, int64_t vocab_size) {
       .overlap_degree(o.overlap_degree)
       .codec(forward_codec(o));
   if (!o.compress_backward.empty() || !std::isnan(o.max_error_backward) ||
-      !o.rounding_backward.empty()) {
+      !o.rounding_backward.empty() || !o.error_reference_backward.empty()) {
     moe.codec_backward(backward_codec(o));
   }
   return LanguageModelOptions(vocab_size, moe)

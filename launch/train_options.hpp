@@ -24,7 +24,8 @@ struct TrainOptions {
   double capacity_factor, aux_loss_coeff, z_loss_coeff, expert_bias_rate;
   int64_t ep_size;
 
-  std::string compress, compress_backward, restore, error_reference, rounding, rounding_backward;
+  std::string compress, compress_backward, restore, error_reference, error_reference_backward;
+  std::string rounding, rounding_backward;
   double max_error, max_error_backward, alpha;
   std::string codec_state, transform;
   int64_t codebook_size, refresh_every, sample_rows;

@@ -15,17 +15,18 @@ double squared_norm(const float* x, std::int64_t count) {
 }
 
 namespace {
+/// The value that is rounded, in steps.
 template <bool kOffset>
-float rounded(float scaled, const float* offset, std::int64_t i) {
-  return std::nearbyintf(kOffset ? scaled + offset[i] : scaled);
+float shifted(float scaled, const float* offset, std::int64_t i) {
+  return kOffset ? scaled + offset[i] : scaled;
 }
 
 template <bool kOffset>
 float sum_rounding_error(const float* r, std::int64_t count, float step, const float* offset) {
   const float inverse = 1.0F / step;
   return lane_sum<float>(count, [=](std::int64_t i) {
-    const float scaled = r[i] * inverse;
-    const float error = scaled - rounded<kOffset>(scaled, offset, i);
+    const float value = shifted<kOffset>(r[i] * inverse, offset, i);
+    const float error = value - std::nearbyintf(value);
     return error * error;
   });
 }
@@ -38,7 +39,7 @@ bool quantize_all(std::int32_t* q, const float* r, std::int64_t count, float ste
   for (std::int64_t i = 0; i < count; ++i) {
     // Clamped so that the cast is defined (in this order NaN becomes a limit); the clamped ones are
     // reported.
-    const float scaled = rounded<kOffset>(r[i] * inverse, offset, i);
+    const float scaled = std::nearbyintf(shifted<kOffset>(r[i] * inverse, offset, i));
     q[i] = static_cast<std::int32_t>(std::max(-40000.0F, std::min(40000.0F, scaled)));
     beyond |= static_cast<std::int32_t>(q[i] > kMaxQuantised) |
               static_cast<std::int32_t>(q[i] < -kMaxQuantised);
@@ -58,22 +59,33 @@ bool quantize(std::int32_t* q, const float* r, std::int64_t count, float step,
                            : quantize_all<false>(q, r, count, step, nullptr);
 }
 
-template <class T>
-double reconstruction_error(const float* x, const float* base, const std::int32_t* q,
-                            std::int64_t count, float step) {
+namespace {
+template <class T, bool kOffset>
+double sum_reconstruction_error(const float* x, const float* base, const std::int32_t* q,
+                                std::int64_t count, float step, const float* offset) {
   return lane_sum<double>(count, [=](std::int64_t i) {
-    const float value = to_float(reconstruct<T>(base[i], q[i], step));
+    const auto whole = static_cast<float>(q[i]);
+    const float value =
+        to_float(reconstruct<T>(base[i], kOffset ? whole - offset[i] : whole, step));
     const double error = static_cast<double>(x[i]) - static_cast<double>(value);
     return error * error;
   });
 }
+}  // namespace
+
+template <class T>
+double reconstruction_error(const float* x, const float* base, const std::int32_t* q,
+                            std::int64_t count, float step, const float* offset) {
+  return offset != nullptr ? sum_reconstruction_error<T, true>(x, base, q, count, step, offset)
+                           : sum_reconstruction_error<T, false>(x, base, q, count, step, nullptr);
+}
 template double reconstruction_error<float>(const float*, const float*, const std::int32_t*,
-                                            std::int64_t, float);
+                                            std::int64_t, float, const float*);
 template double reconstruction_error<Bfloat16>(const float*, const float*, const std::int32_t*,
-                                               std::int64_t, float);
+                                               std::int64_t, float, const float*);
 
 float search_step(const float* r, std::int64_t count, double bound, const float* offset) {
-  StepSearch search(count, bound, offset != nullptr);
+  StepSearch search(count, bound);
   while (search.update(rounding_error(r, count, search.tried(), offset))) {
   }
   return search.found();

@@ -36,12 +36,12 @@ void row_bounds(double* bound, CodedGroup* groups, std::int64_t group_count, con
 template <class T>
 void encode_rows(const CodedRows& out, const RowsOf<T>& rows, const CodedGroup* groups,
                  std::int64_t group_count, const double* squared, const double* bound,
-                 const std::int32_t* id, Dither dither, Stream stream) {
+                 const std::int32_t* id, Stream stream) {
   with_lanes(rows.hidden, [&](auto threads) {
     using Row = BlockRow<T, threads()>;
     launch("encode_rows", encode_rows_kernel<T, threads()>, grid_for(rows.rows, 1), threads(),
            Row::shared_bytes(rows.hidden), stream, out, rows, groups, group_count, squared, bound,
-           id, dither);
+           id);
   });
 }
 
@@ -80,7 +80,7 @@ void decode_rows(T* out, const std::int64_t* index, std::int64_t out_rows, std::
   template void squared_norms<T>(double*, const RowsOf<T>&, Stream);                               \
   template void encode_rows<T>(const CodedRows&, const RowsOf<T>&, const CodedGroup*,              \
                                std::int64_t, const double*, const double*, const std::int32_t*,    \
-                               Dither, Stream);                                                    \
+                               Stream);                                                            \
   template void estimate_rows<T>(std::int64_t*, const RowsOf<T>&, std::int64_t, const CodedGroup*, \
                                  const double*, const std::int32_t*, const std::int32_t*, Stream); \
   template void decode_rows<T>(T*, const std::int64_t*, std::int64_t, std::int64_t*,               \

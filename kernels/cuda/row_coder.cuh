@@ -76,8 +76,8 @@ struct BlockRow {
   float* x;             // [hidden] in coding order
   float* r;             // [bands * 16] residual, zeros behind the last
   std::uint8_t* index;  // [bands]
-  NoiseKey key{};
-  bool dithered = false;
+  StepCode steps;
+  std::uint32_t salt = 0;  // of the dither
 
   /// Bytes of shared memory that a row takes.
   static std::size_t shared_bytes(std::int64_t hidden) {
@@ -106,31 +106,31 @@ struct BlockRow {
     __syncthreads();
   }
 
-  __device__ void set_noise(const std::int32_t* place, std::uint64_t stream) {
+  /// The salt of the loaded row: equal rows get equal bytes.
+  __device__ void set_salt(const std::int32_t* place) {
     const auto natural = [&](std::uint64_t j) {
       return std::uint64_t{
           float_bits(x[place != nullptr ? place[j] : static_cast<std::int64_t>(j)])};
     };
     const auto count = static_cast<std::uint64_t>(hidden);
-    key.low = checksum_by_four(
-        [&](std::uint64_t w) {
-          return natural(2 * w) | (2 * w + 1 < count ? natural(2 * w + 1) << 32 : 0);
-        },
-        4 * count, stream);
-    const std::uint32_t low = key.low;
-    key.high = checksum_by_four([low](std::uint64_t) { return std::uint64_t{low}; }, 4, ~stream);
-    dithered = true;
+    salt = checksum_by_four(
+               [&](std::uint64_t w) {
+                 return natural(2 * w) | (2 * w + 1 < count ? natural(2 * w + 1) << 32 : 0);
+               },
+               4 * count, steps.dither_key()) %
+           kDitherSalts;
   }
 
-  __device__ float rounded(float scaled, std::int64_t j) const {
-    if (!dithered) return nearbyintf(scaled);
-    const std::uint32_t random = noise(key, static_cast<std::uint32_t>(j));
-    const float offset =
-        static_cast<float>(static_cast<std::int32_t>(random >> 8)) * 0x1p-24F - 0.5F;
-    return nearbyintf(scaled + offset);
+  __device__ float offset(std::int64_t j) const {
+    return dither(steps.dither_key(), static_cast<std::uint32_t>(j), salt);
+  }
+  /// The value that is rounded, in steps.
+  __device__ float shifted(std::int64_t j, float inverse) const {
+    const float scaled = r[j] * inverse;
+    return steps.dithered() ? scaled + offset(j) : scaled;
   }
   __device__ std::int32_t quantised(std::int64_t j, float inverse) const {
-    const float scaled = rounded(r[j] * inverse, j);
+    const float scaled = nearbyintf(shifted(j, inverse));
     // In this order NaN becomes a limit.
     const float low = scaled < 40000.0F ? scaled : 40000.0F;
     return static_cast<std::int32_t>(low > -40000.0F ? low : -40000.0F);
@@ -145,13 +145,13 @@ struct BlockRow {
   __device__ float rounding_error(float step) const {
     const float inverse = 1.0F / step;
     return block_lane_sum<float, kThreads>(hidden, [this, inverse](std::int64_t j) {
-      const float scaled = r[j] * inverse;
-      const float error = scaled - rounded(scaled, j);
+      const float value = shifted(j, inverse);
+      const float error = value - nearbyintf(value);
       return error * error;
     });
   }
   __device__ float search_step(double bound) const {
-    StepSearch search(hidden, bound, dithered);
+    StepSearch search(hidden, bound);
     while (search.update(rounding_error(search.tried()))) {
     }
     return search.found();
@@ -164,7 +164,9 @@ struct BlockRow {
     const double sum = block_lane_sum<double, kThreads>(hidden, [&](std::int64_t j) {
       const std::int32_t q = all_zero ? 0 : quantised(j, inverse);
       beyond |= q > kMaxQuantised || q < -kMaxQuantised;
-      const float value = to_float(reconstruct<T>(base != nullptr ? base[j] : 0.0F, q, step));
+      const auto whole = static_cast<float>(q);
+      const float value = to_float(reconstruct<T>(
+          base != nullptr ? base[j] : 0.0F, steps.dithered() ? whole - offset(j) : whole, step));
       const double error = static_cast<double>(x[j]) - static_cast<double>(value);
       return error * error;
     });
@@ -256,18 +258,20 @@ struct BlockRow {
 
 template <int kThreads>
 __device__ void write_record(std::uint8_t* record, const StepCode& steps, std::uint16_t step,
-                             std::int32_t id_bytes, std::uint32_t id, const std::uint8_t* index,
-                             std::int64_t bands) {
+                             std::uint32_t salt, std::int32_t id_bytes, std::uint32_t id,
+                             const std::uint8_t* index, std::int64_t bands) {
   const auto step_bytes = static_cast<std::int64_t>(steps.bytes());
+  const std::int64_t front = step_bytes + (steps.dithered() ? 1 : 0);
   if (threadIdx.x == 0) {
     for (std::int64_t i = 0; i < step_bytes; ++i) {
       record[i] = static_cast<std::uint8_t>(step >> (8 * i));
     }
+    if (steps.dithered()) record[step_bytes] = static_cast<std::uint8_t>(salt);
     for (std::int64_t i = 0; i < id_bytes; ++i) {
-      record[step_bytes + i] = static_cast<std::uint8_t>(id >> (8 * i));
+      record[front + i] = static_cast<std::uint8_t>(id >> (8 * i));
     }
   }
-  std::uint8_t* indices = record + step_bytes + id_bytes;
+  std::uint8_t* indices = record + front + id_bytes;
   for (std::int64_t i = threadIdx.x; i < (bands + 1) / 2; i += kThreads) {
     // No index: a row without alphabets.
     const int low = index != nullptr ? index[2 * i] : 0;
@@ -280,12 +284,12 @@ template <class T, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     encode_rows_kernel(CodedRows out, RowsOf<T> rows, const CodedGroup* groups,
                        std::int64_t group_count, const double* squared, const double* bounds,
-                       const std::int32_t* ids, Dither dither) {
+                       const std::int32_t* ids) {
   BlockRow<T, kThreads> row(rows.hidden);
   const auto whole_bytes = rows.hidden * static_cast<std::int64_t>(sizeof(T));
   for (std::int64_t i = blockIdx.x; i < rows.rows; i += gridDim.x) {
     const CodedGroup group = groups[group_of(groups, group_count, i)];
-    const StepCode steps(group.step);
+    const StepCode steps(group.step, group.dithered, group.dither_key);
     const std::uint32_t id =
         group.id_bytes > 0 && ids != nullptr ? static_cast<std::uint32_t>(ids[i]) : 0;
     const float* base = group.bases != nullptr ? group.bases + id * rows.hidden : nullptr;
@@ -296,14 +300,16 @@ __global__ void __launch_bounds__(kThreads)
     std::int64_t bytes = whole_bytes;
     double error = 0;
     bool packed = false;
+    row.steps = steps;
+    row.salt = 0;
     if (squared[i] == 0) {
       code = steps.zero_row();
       bytes = 0;
     } else {
       row.load(row_at(rows, i), group, base);
-      if (dither.on) row.set_noise(group.place, dither.stream);
+      if (steps.dithered()) row.set_salt(group.place);
       bool done = false;
-      if (!row.dithered && row.residual_norm() <= bound) {
+      if (!steps.dithered() && row.residual_norm() <= bound) {
         // What the receiver has already is near enough: any step does.
         const std::uint16_t any = steps.bytes() == 1 ? std::uint16_t{0} : step_code(1.0F);
         const double left = row.true_error(base, steps.value(any), true);
@@ -335,8 +341,8 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
     }
-    write_record<kThreads>(record, steps, code, group.id_bytes, id, packed ? row.index : nullptr,
-                           row.bands);
+    write_record<kThreads>(record, steps, code, packed ? row.salt : 0, group.id_bytes, id,
+                           packed ? row.index : nullptr, row.bands);
     if (threadIdx.x == 0) {
       out.payload_bytes[i] = bytes;
       out.whole[i] = code == steps.whole_row() ? 1 : 0;
@@ -352,7 +358,8 @@ __global__ void __launch_bounds__(kThreads)
                          const std::int32_t* count_order) {
   BlockRow<T, kThreads> row(rows.hidden);
   const CodedGroup group = *groups;
-  const StepCode steps(group.step);
+  const StepCode steps(group.step, group.dithered, group.dither_key);
+  row.steps = steps;  // all rows with salt 0
   const auto whole_bits = 8 * rows.hidden * static_cast<std::int64_t>(sizeof(T));
   for (std::int64_t s = blockIdx.x; s * stride < rows.rows; s += gridDim.x) {
     const std::int64_t i = s * stride;
@@ -360,7 +367,7 @@ __global__ void __launch_bounds__(kThreads)
     row.load(row_at(rows, i), group,
              group.bases != nullptr ? group.bases + id * rows.hidden : nullptr);
     const double bound = bounds[i];
-    if (row.residual_norm() <= bound) continue;
+    if (!steps.dithered() && row.residual_norm() <= bound) continue;
     const std::uint16_t code = bound > 0 ? steps.below(row.search_step(bound)) : steps.zero_row();
     std::int64_t plain = whole_bits, ordered = whole_bits;
     if (steps.is_step(code)) {
@@ -404,18 +411,21 @@ __device__ inline std::uint32_t little_endian(const std::uint8_t* from, std::int
 struct RecordHead {
   StepCode steps;
   std::uint16_t step;
+  std::uint32_t salt;
   std::uint32_t id;
   const std::uint8_t* indices;
 };
 __device__ inline RecordHead read_record(const CodedGroup& group, std::int64_t row,
                                          std::int64_t bands) {
-  RecordHead head{StepCode(group.step), 0, 0, nullptr};
+  RecordHead head{StepCode(group.step, group.dithered, group.dither_key), 0, 0, 0, nullptr};
   const auto step_bytes = static_cast<std::int64_t>(head.steps.bytes());
-  const std::int64_t record_bytes = step_bytes + group.id_bytes + (bands + 1) / 2;
+  const std::int64_t front = step_bytes + (group.dithered ? 1 : 0);
+  const std::int64_t record_bytes = front + group.id_bytes + (bands + 1) / 2;
   const std::uint8_t* record = group.records + (row - group.first) * record_bytes;
   head.step = static_cast<std::uint16_t>(little_endian(record, step_bytes));
-  head.id = little_endian(record + step_bytes, group.id_bytes);
-  head.indices = record + step_bytes + group.id_bytes;
+  if (group.dithered) head.salt = record[step_bytes];
+  head.id = little_endian(record + front, group.id_bytes);
+  head.indices = record + front + group.id_bytes;
   return head;
 }
 __device__ inline int band_index(const std::uint8_t* indices, std::int64_t band) {
@@ -521,9 +531,12 @@ __global__ void __launch_bounds__(kThreads)
       }
       for (int k = 0; k < values; ++k) {
         const std::int64_t j = from + k;
-        const std::int32_t q = static_cast<std::int32_t>(digit[k]) - alphabet.half;
+        auto level = static_cast<float>(static_cast<std::int32_t>(digit[k]) - alphabet.half);
+        if (group.dithered) {
+          level -= dither(group.dither_key, static_cast<std::uint32_t>(j), head.salt);
+        }
         natural[group.order != nullptr ? group.order[j] : j] =
-            reconstruct<T>(base != nullptr ? base[j] : 0.0F, q, step);
+            reconstruct<T>(base != nullptr ? base[j] : 0.0F, level, step);
       }
     }
     if (!valid) report(bad, kBadNumber, i);

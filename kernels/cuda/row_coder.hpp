@@ -18,7 +18,9 @@ inline constexpr std::int64_t kMaxCodedHidden = 16384;
 /// `first`; its pointers too.
 struct CodedGroup {
   std::int64_t first = 0, rows = 0;
-  float step = 0;                          ///< rows use fractions of it; 0: every row its own step
+  float step = 0;         ///< rows use fractions of it; 0: every row its own step
+  bool dithered = false;  ///< records have a salt
+  std::uint32_t dither_key = 0;
   std::int32_t id_bytes = 0;               ///< of a record; 0: all rows use base 0
   std::int32_t centroids = 0;              ///< largest id
   const std::int32_t* order = nullptr;     ///< [hidden] channel of each place; null: as they are
@@ -35,12 +37,6 @@ struct RowsOf {
   const T* x = nullptr;
   const std::int64_t* index = nullptr;
   std::int64_t tokens = 0, rows = 0, hidden = 0;
-};
-
-/// Stochastic rounding: the noise is a function of the stream and the row.
-struct Dither {
-  bool on = false;
-  std::uint64_t stream = 0;
 };
 
 /// Coded rows, before they are put together. In device memory.
@@ -68,7 +64,7 @@ void row_bounds(double* bound, CodedGroup* groups, std::int64_t group_count, con
 template <class T>
 void encode_rows(const CodedRows& out, const RowsOf<T>& rows, const CodedGroup* groups,
                  std::int64_t group_count, const double* squared, const double* bound,
-                 const std::int32_t* id, Dither dither, Stream stream);
+                 const std::int32_t* id, Stream stream);
 
 /// bits[0] += bits of the payloads that the rows 0, stride, 2 stride, ... would have with their
 /// ids; bits[1] += the same with the ids' group coded in the other order (see below). Exact integer

@@ -428,12 +428,19 @@ TEST(Rounding, IsRefusedWhereItIsNotThere) {
     }
     return std::string();
   };
-  for (const char* kind : {"none", "fp8", "int8", "int4", "lsh"}) {
+  for (const char* kind : {"fp8", "int8", "int4"}) {
     EXPECT_EQ(text(CodecOptions().kind(kind).rounding("stochastic")), "");
+    EXPECT_NE(text(CodecOptions().kind(kind).rounding("dithered")), "");
   }
-  EXPECT_NE(text(CodecOptions().kind("bf16").rounding("stochastic"))
-                .find("rounding stochastic is not for kind bf16"),
+  EXPECT_EQ(text(CodecOptions().kind("lsh").rounding("dithered")), "");
+  EXPECT_NE(text(CodecOptions().kind("lsh").rounding("dithered").restore("source"))
+                .find("rounding dithered is for restore expert"),
             std::string::npos);
+  for (const std::string kind : {"none", "bf16", "lsh"}) {
+    EXPECT_NE(text(CodecOptions().kind(kind).rounding("stochastic"))
+                  .find("rounding stochastic is not for kind " + kind),
+              std::string::npos);
+  }
   EXPECT_NE(text(CodecOptions().kind("int8").rounding("up")).find("unknown rounding 'up'"),
             std::string::npos);
 }

@@ -52,9 +52,12 @@ TEST(Learned, BoundOfEveryRow) {
     for (const std::string transform : {"channels", "basis"}) {
       for (const auto dtype : {at::kFloat, at::kBFloat16}) {
         for (const std::string reference : {"row", "group"}) {
-          for (const double max_error : {0.004, 0.1, 0.5}) {
+          for (const auto& [max_error, rounding] :
+               {std::pair(0.004, "nearest"), std::pair(0.1, "nearest"), std::pair(0.1, "dithered"),
+                std::pair(0.5, "nearest"), std::pair(0.5, "dithered")}) {
             const auto options =
-                learned_options(transform).error_reference(reference).max_error(max_error);
+                learned_options(transform).error_reference(reference).max_error(max_error).rounding(
+                    rounding);
             const CodecContext context{hidden, 0, Direction::dispatch, dtype};
             const auto codec =
                 fitted(options, context, clustered(900, hidden, 20, 0.3, 1).to(dtype));
@@ -65,7 +68,7 @@ TEST(Learned, BoundOfEveryRow) {
               const Decoded decoded = codec->decode(encoded.bytes, encoded.bytes_per_group);
               const double ratio = error_ratio(x, decoded.rows, max_error, reference == "group");
               EXPECT_LE(ratio, 1.0) << kind << " " << hidden << " " << transform << " " << dtype
-                                    << " " << reference << " " << max_error;
+                                    << " " << reference << " " << max_error << " " << rounding;
               EXPECT_LE(encoded.stats.max_error_ratio, 1.0);
               EXPECT_GE(encoded.stats.max_error_ratio, ratio * (1 - 1e-6)) << kind;
             }

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 #include <random>
+#include <set>
 #include <vector>
 
 #include "lshmoe/kernels/bands.hpp"
@@ -383,6 +384,54 @@ TEST(SearchStep, KeepsItsBoundAndIsNearTheLargest) {
     }
   }
   EXPECT_LT(sum_lost / 120, 0.012);  // bits per element
+}
+
+// For each coefficient the 256 salts have every offset (2 k + 1) / 512 - 1/2 once; keys and
+// coefficients differ.
+TEST(Dither, OffsetsAreEvenlySpacedOverTheSalts) {
+  std::set<std::vector<float>> columns;
+  for (const std::uint32_t key : {0u, 1u, 0xFFFFFFFFu}) {
+    for (const std::uint32_t index : {0u, 1u, 2u, 127u, 4095u}) {
+      std::vector<float> offsets;
+      for (std::uint32_t salt = 0; salt < 256; ++salt) offsets.push_back(dither(key, index, salt));
+      columns.insert(offsets);
+      std::sort(offsets.begin(), offsets.end());
+      for (int k = 0; k < 256; ++k) {
+        EXPECT_EQ(offsets[static_cast<std::size_t>(k)],
+                  static_cast<float>((2 * k + 1) / 512.0 - 0.5));
+      }
+    }
+  }
+  EXPECT_EQ(columns.size(), 15u);
+}
+
+// The error of a dithered coefficient: r - (round(r / step + u) - u) step, whatever r is.
+TEST(Dither, QuantiseAndReconstruct) {
+  const std::vector<float> r{0.0F, 0.01F, -0.4F, 3.3F, 100.25F, -0.0625F, 1e-20F, 7.0F, 0.5F},
+      base(9, 2.0F);
+  std::vector<float> offset, x;
+  for (std::uint32_t j = 0; j < 9; ++j) {
+    offset.push_back(dither(7, j, 33));
+    x.push_back(r[j] + base[j]);
+  }
+  constexpr float kStep = 0.25F;
+  std::vector<std::int32_t> q(9);
+  ASSERT_TRUE(quantize(q.data(), r.data(), 9, kStep, offset.data()));
+  double estimate = 0, exact = 0;
+  for (std::size_t j = 0; j < 9; ++j) {
+    const double level = std::nearbyint(double{r[j]} / kStep + double{offset[j]});
+    EXPECT_EQ(q[j], level);
+    const double error = double{r[j]} - (level - double{offset[j]}) * kStep;
+    EXPECT_LE(std::abs(error), 0.5 * kStep + 1e-9);
+    estimate += error * error / (kStep * kStep);
+    const double received = double{base[j]} + (level - double{offset[j]}) * kStep;
+    exact += (double{x[j]} - received) * (double{x[j]} - received);
+  }
+  EXPECT_NEAR(rounding_error(r.data(), 9, kStep, offset.data()), estimate, 1e-4);
+  EXPECT_NEAR(reconstruction_error<float>(x.data(), base.data(), q.data(), 9, kStep, offset.data()),
+              exact, 1e-5);
+  const float step = search_step(r.data(), 9, 1.0, offset.data());
+  EXPECT_LE(step * std::sqrt(rounding_error(r.data(), 9, step, offset.data())), 1.0);
 }
 
 TEST(SearchStep, Extremes) {
