@@ -114,12 +114,13 @@ void validate(const CodecOptions& options) {
                   " must be 0 (the default) or more");
   LSHMOE_VALIDATE(std::isfinite(options.alpha()), "alpha ", options.alpha(), " must be finite");
   const std::string& rounding = options.rounding();
-  LSHMOE_VALIDATE(rounding == "nearest" || rounding == "stochastic" || rounding == "dithered",
+  LSHMOE_VALIDATE(rounding.empty() || rounding == "nearest" || rounding == "stochastic" ||
+                      rounding == "dithered",
                   "unknown rounding '", rounding, "': use nearest, stochastic or dithered");
   const bool fixed =
       options.kind() == "fp8" || options.kind() == "int8" || options.kind() == "int4";
-  const bool fits =
-      rounding == "nearest" || (rounding == "stochastic" ? fixed : options.kind() == "lsh");
+  const bool fits = rounding.empty() || rounding == "nearest" ||
+                    (rounding == "stochastic" ? fixed : options.kind() == "lsh");
   LSHMOE_VALIDATE(fits, "rounding ", rounding, " is not for kind ", options.kind(),
                   ": use nearest, stochastic with fp8, int8 and int4, or dithered with lsh");
   LSHMOE_VALIDATE(
@@ -128,8 +129,22 @@ void validate(const CodecOptions& options) {
       "rounding nearest");
 }
 
-std::shared_ptr<Codec> make_codec(const CodecOptions& options, const CodecContext& context) {
-  validate(options);
+CodecOptions resolved(CodecOptions options, Direction direction) {
+  if (options.error_reference().empty()) {
+    options.error_reference(direction == Direction::dispatch ? "row" : "group");
+  }
+  if (options.rounding().empty()) {
+    const bool gradients =
+        direction == Direction::combine_backward || direction == Direction::dispatch_backward;
+    const bool rows = options.kind() == "lsh" && options.restore() == "expert";
+    options.rounding(gradients && rows ? "dithered" : "nearest");
+  }
+  return options;
+}
+
+std::shared_ptr<Codec> make_codec(const CodecOptions& given, const CodecContext& context) {
+  validate(given);
+  const CodecOptions options = resolved(given, context.direction);
   LSHMOE_VALIDATE(context.hidden_size >= 1 && context.hidden_size <= (int64_t{1} << 24),
                   "hidden_size ", context.hidden_size, " must be 1 to 2^24");
   const at::ScalarType dtype = context.dtype;

@@ -35,7 +35,8 @@ struct CodecOptions {
   /// 0 = rows travel whole, bit-exact. Finite, >= 0.
   TORCH_ARG(double, max_error) = 0.1;
   /// row: |x - x'| <= max_error |x|. group: |x - x'| <= max_error * rms norm of the group's rows.
-  /// Empty: row for dispatch and both backward directions, group for combine.
+  /// Empty: row for dispatch, group for the other directions: a row of little weight, or of a small
+  /// gradient, needs no finer step than the others.
   TORCH_ARG(std::string, error_reference) = "";
   /// Cross-polytope hashes a token, and the dimension m of each (2m buckets a hash).
   TORCH_ARG(int64_t, hashes) = 3;
@@ -58,16 +59,17 @@ struct CodecOptions {
   TORCH_ARG(std::string, transform) = "channels";
   /// learned: refresh() fits at its calls 1, 2, 4, ... below refresh_every, then at each multiple.
   TORCH_ARG(int64_t, refresh_every) = 100;
-  /// learned: rows that a fit sees, over the whole group. 0: 4,096, with a basis 10 x hidden_size
-  /// at least.
+  /// learned: rows that a fit sees, over the whole group. 0: 2,048, with a basis 10 x hidden_size
+  /// at least; but no more than a 32nd of the rows that will be sent until the next fit.
   TORCH_ARG(int64_t, sample_rows) = 0;
   /// restore=source: y = E(c) + alpha (x - c'). 1 is the paper.
   TORCH_ARG(double, alpha) = 0.0;
+  /// Empty: dithered for lsh, restore=expert, in both backward directions, else nearest.
   /// nearest; or one that keeps the mean of many rows (but for the cast to the row's dtype):
   /// stochastic (fp8, int8, int4), up or down by chance; dithered (lsh, restore=expert), with an
   /// offset that both ends know, at about the error of nearest. The noise is a function of the
   /// seed, the layer, the direction and the row.
-  TORCH_ARG(std::string, rounding) = "nearest";
+  TORCH_ARG(std::string, rounding) = "";
   /// Of projection and noise; independent of the seeds of parameters and data.
   TORCH_ARG(uint64_t, seed) = 0;
 };
@@ -186,6 +188,9 @@ class Codec {
 /// True for kind lsh with restore=source: centroids travel in place of rows. Not with max_error 0,
 /// which sends every row whole, whatever restore says.
 [[nodiscard]] bool sends_centroids(const CodecOptions& options);
+
+/// The options with what their empty names stand for in that direction.
+[[nodiscard]] CodecOptions resolved(CodecOptions options, Direction direction);
 
 /// Checks names and ranges; throws InvalidArgument.
 void validate(const CodecOptions& options);

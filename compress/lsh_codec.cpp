@@ -147,8 +147,7 @@ class LshCodec final : public CpuCodec {
   LshCodec(const CodecOptions& options, const CodecContext& context)
       : CpuCodec(options, context),
         source_(sends_centroids(options)),
-        by_group_(options.error_reference().empty() ? context.direction == Direction::combine
-                                                    : options.error_reference() == "group"),
+        by_group_(options.error_reference() == "group"),
         whole_(!source_ &&
                (options.max_error() == 0 ||
                 (context.dtype == at::kBFloat16 && options.max_error() < kLeastErrorBfloat16))),
@@ -164,6 +163,7 @@ class LshCodec final : public CpuCodec {
     const at::Tensor rows = x.contiguous();
     const int64_t hidden = context().hidden_size, most = sample_rows();
     const int64_t count = row_index.defined() ? row_index.numel() : rows.size(0);
+    observed_ += count;
     const auto* from = static_cast<const T*>(rows.const_data_ptr());
     const int64_t* index = row_index.defined() ? row_index.const_data_ptr<int64_t>() : nullptr;
     const int64_t stride = (count + most - 1) / most;
@@ -187,6 +187,7 @@ class LshCodec final : public CpuCodec {
     constexpr int kRoot = 0;
     const std::vector<std::uint8_t> mine = sample_parcel(comm.size());
     sample_ = {};
+    observed_ = 0;
     const auto parcels = comm.gather(std::as_bytes(std::span(mine)), kRoot, Purpose::codec_state);
     std::vector<std::uint8_t> bytes;
     if (comm.rank() == kRoot) {
@@ -236,6 +237,7 @@ class LshCodec final : public CpuCodec {
   // state=learned. Parcels of the former version may still be on their way to decode.
   std::shared_ptr<const LearnedState> current_, previous_;
   std::vector<T> sample_;  // [rows, hidden]
+  int64_t observed_ = 0;   // rows that the sample was taken from
   int64_t refreshes_ = 0;  // calls of refresh
   StateStats state_stats_;
 
@@ -246,7 +248,7 @@ class LshCodec final : public CpuCodec {
   [[nodiscard]] int64_t sample_rows() const {
     if (options().sample_rows() > 0) return options().sample_rows();
     const bool basis = options().transform() == "basis";
-    return std::max<int64_t>(4096, basis ? 10 * context().hidden_size : 0);
+    return std::max<int64_t>(2048, basis ? 10 * context().hidden_size : 0);
   }
   [[nodiscard]] std::uint32_t next_version() const { return current_ ? current_->version + 1 : 1; }
 
@@ -255,7 +257,14 @@ class LshCodec final : public CpuCodec {
     const int64_t hidden = context().hidden_size;
     const int64_t have = static_cast<int64_t>(sample_.size()) / hidden;
     if (have == 0) return {};
-    const int64_t most = (sample_rows() + ranks - 1) / ranks;
+    int64_t most = (sample_rows() + ranks - 1) / ranks;
+    if (options().sample_rows() == 0) {
+      // A sampled row costs about twice one that is sent: kept to a few percent of the bytes.
+      constexpr int64_t kShare = 32, kLeast = 64;
+      int64_t steps = 1;
+      while (!fit_is_due(refreshes_ + steps)) ++steps;
+      most = std::min(most, std::max(kLeast, observed_ * steps / kShare));
+    }
     const int64_t stride = (have + most - 1) / most;
     const at::Tensor rows =
         at::from_blob(const_cast<T*>(sample_.data()), {have, hidden}, at::dtype(context().dtype));

@@ -126,11 +126,10 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
           "compress-backward", value<string>(o.compress_backward, ""),
           "the same for the two backward exchanges; default: as forward")(
           "error-reference", value<string>(o.error_reference, ""),
-          "bound relative to the row's norm (row) or the group's rms norm (group); default: row, "
-          "and "
-          "group for combine")("error-reference-backward",
-                               value<string>(o.error_reference_backward, ""),
-                               "the same for the two backward exchanges; default: as forward")(
+          "bound relative to the row's norm (row) or the group's rms norm (group); default: row "
+          "for dispatch, group for the others")(
+          "error-reference-backward", value<string>(o.error_reference_backward, ""),
+          "the same for the two backward exchanges; default: as forward")(
           "hashes", value<int64_t>(o.hashes, 3), "cross-polytope hashes a row")(
           "hash-dim", value<int64_t>(o.hash_dim, 8), "dimension of each hash")(
           "projection", value<int64_t>(o.projection, 64), "columns of the random projection")(
@@ -145,10 +144,12 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
           "refresh-every", value<int64_t>(o.refresh_every, 100),
           "learned: steps between fits, after those at steps 1, 2, 4, ...")(
           "sample-rows", value<int64_t>(o.sample_rows, 0),
-          "learned: rows a fit sees; 0: 4096, with a basis at least 10 x hidden-size")(
+          "learned: rows a fit sees; 0: 2048, with a basis at least 10 x "
+          "hidden-size, but no more than a 32nd of the rows until the next fit")(
           "alpha", real(o.alpha, 0, "0"), "restore=source: weight of the residual; 1 is the paper")(
-          "rounding", value<string>(o.rounding, "nearest"),
-          "nearest; without bias: stochastic (fp8, int8, int4), dithered (lsh)")(
+          "rounding", value<string>(o.rounding, ""),
+          "nearest, or without bias: stochastic (fp8, int8, int4), dithered (lsh); default: "
+          "nearest, and dithered for lsh's backward exchanges")(
           "rounding-backward", value<string>(o.rounding_backward, ""),
           "the same for the two backward exchanges; default: as forward")(
           "codec-on-self", po::bool_switch(&o.codec_on_self),

@@ -75,8 +75,7 @@ class Gathered {
 /// not, a small row may lose all it has, and its relative error says nothing.
 bool bound_by_row(const CodecOptions& codec, Direction direction) {
   if (codec.kind() != "lsh") return true;
-  return codec.error_reference().empty() ? direction != Direction::combine
-                                         : codec.error_reference() == "row";
+  return resolved(codec, direction).error_reference() == "row";
 }
 
 void add_exchange(StepReport& report, const MoEStats& stats, const MoELayerOptions& layer) {

@@ -22,7 +22,7 @@ using testing::gaussian;
 using testing::make_rows;
 
 CodecOptions learned_options(const std::string& transform = "channels") {
-  return CodecOptions().state("learned").transform(transform).codebook_size(64);
+  return CodecOptions().state("learned").transform(transform).codebook_size(64).sample_rows(4096);
 }
 
 std::shared_ptr<Codec> fitted(const CodecOptions& options, const CodecContext& context,
