@@ -29,13 +29,13 @@ void with_format(RowFormat format, F f) {
 template <class T>
 void encode_format(RowFormat format, std::uint8_t* out, const ParcelPlace* places,
                    std::int64_t count, double* squared, double* error, const RowsOf<T>& rows,
-                   Dither dither, Stream stream) {
+                   StochasticNoise noise, Stream stream) {
   with_format(format, [&](auto constant) {
     constexpr RowFormat kFormat = decltype(constant)::value;
-    const auto kernel = dither.on ? encode_format_kernel<T, kFormat, true>
-                                  : encode_format_kernel<T, kFormat, false>;
+    const auto kernel =
+        noise.on ? encode_format_kernel<T, kFormat, true> : encode_format_kernel<T, kFormat, false>;
     launch("encode_format", kernel, grid_for(rows.rows, kBlock / 32), kBlock, 0, stream, out,
-           places, count, squared, error, rows, row_bytes_of(format, rows.hidden), dither.stream);
+           places, count, squared, error, rows, row_bytes_of(format, rows.hidden), noise.stream);
   });
 }
 
@@ -66,7 +66,7 @@ void decode_bfloat16(float* out, const std::int64_t* index, std::int64_t out_row
 
 #define LSHMOE_INSTANTIATE(T)                                                                     \
   template void encode_format<T>(RowFormat, std::uint8_t*, const ParcelPlace*, std::int64_t,      \
-                                 double*, double*, const RowsOf<T>&, Dither, Stream);             \
+                                 double*, double*, const RowsOf<T>&, StochasticNoise, Stream);    \
   template void decode_format<T>(RowFormat, T*, const std::int64_t*, std::int64_t, std::int64_t*, \
                                  const RawPlace*, std::int64_t, std::int64_t, std::int64_t,       \
                                  Stream);

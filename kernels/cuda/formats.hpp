@@ -9,12 +9,18 @@
 
 namespace lshmoe::kernels::cuda {
 
+/// Stochastic rounding: the noise is a function of the stream and the row.
+struct StochasticNoise {
+  bool on = false;
+  std::uint64_t stream = 0;
+};
+
 /// Codes row i of the stream to its place in out: the parcel's begin + head_bytes + row_bytes *
 /// (i - first). squared [rows]: the rows' sums of squares; error [rows]: |x - x'|.
 template <class T>
 void encode_format(RowFormat format, std::uint8_t* out, const ParcelPlace* places,
                    std::int64_t count, double* squared, double* error, const RowsOf<T>& rows,
-                   Dither dither, Stream stream);
+                   StochasticNoise noise, Stream stream);
 
 /// The inverse, to out[index[i]] (null: i; values outside 0 .. out_rows are skipped). bad[0] takes
 /// the least row of bytes that are never written.
