@@ -56,7 +56,7 @@ nlohmann::ordered_json to_json(const StepReport& r, int64_t tokens_per_step) {
           {"bytes_raw", static_cast<int64_t>(r.bytes_raw)},
           {"codec_bytes", bytes_by_direction(r)},
           {"plan_bytes", static_cast<int64_t>(r.plan_bytes)},
-          {"state_bytes", static_cast<int64_t>(r.state_bytes)},
+          {"codec_state_bytes", static_cast<int64_t>(r.codec_state_bytes)},
           {"rate", ratio(r.bytes_sent, r.bytes_raw)},
           {"max_relative_error", r.max_relative_error},
           {"max_error_ratio", r.max_error_ratio},
@@ -85,7 +85,7 @@ void Reporter::add(const StepReport& r, double eval_seconds) {
   sum_.bytes_raw += r.bytes_raw;
   for (std::size_t d = 0; d < r.codec_bytes.size(); ++d) sum_.codec_bytes[d] += r.codec_bytes[d];
   sum_.plan_bytes += r.plan_bytes;
-  sum_.state_bytes += r.state_bytes;
+  sum_.codec_state_bytes += r.codec_state_bytes;
   sum_.rows += r.rows;
   sum_.clusters += r.clusters;
   sum_.max_relative_error = std::max(sum_.max_relative_error, r.max_relative_error);
@@ -145,7 +145,7 @@ void Reporter::summary(bool stopped) const {
                       part(sum_.codec_bytes[d]));
     }
     print_line(parts + format(" plan %.1f %%, learned state %.1f %%", part(sum_.plan_bytes),
-                              part(sum_.state_bytes)));
+                              part(sum_.codec_state_bytes)));
     print_line(format(
         "  codec           %.0f rows and %.1f clusters a step; largest relative error "
         "%.4f, largest share of its bound %.4f",

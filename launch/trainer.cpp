@@ -157,7 +157,7 @@ StepReport Trainer::step(bool stop) {
   const auto state_bytes = [&] { return groups_.expert->traffic(Purpose::codec_state).bytes_sent; };
   const std::uint64_t state_bytes_before = state_bytes();
   model_->refresh_codecs();
-  report.state_bytes = static_cast<double>(state_bytes() - state_bytes_before);
+  report.codec_state_bytes = static_cast<double>(state_bytes() - state_bytes_before);
   report.seconds.codec += phase.lap();
 
   report.loss = out.loss.item<double>();
@@ -182,7 +182,7 @@ StepReport Trainer::step(bool stop) {
                            &report.seconds.optimiser,
                            &report.seconds.step};
   for (double* field : means) gathered.sum(*field);
-  for (double* field : {&stops, &report.plan_bytes, &report.state_bytes, &report.bytes_raw,
+  for (double* field : {&stops, &report.plan_bytes, &report.codec_state_bytes, &report.bytes_raw,
                         &report.rows, &report.clusters}) {
     gathered.sum(*field);
   }
@@ -195,7 +195,7 @@ StepReport Trainer::step(bool stop) {
   gathered.reduce(*groups_.world);
   for (double* field : means) *field /= world_size;
   report.bytes_sent = std::accumulate(report.codec_bytes.begin(), report.codec_bytes.end(),
-                                      report.plan_bytes + report.state_bytes);
+                                      report.plan_bytes + report.codec_state_bytes);
   report.stop = stops > 0;
   report.expert_load_max_over_mean =
       (std::get<0>(load.max(1)) / load.mean(1).clamp_min(1e-300)).max().item<double>();

@@ -41,7 +41,7 @@ struct StepReport {
   // What bytes_sent is the sum of:
   std::array<double, 4> codec_bytes{};  ///< parcels, by Direction
   double plan_bytes = 0;                ///< sizes, ids, gate weights and their gradients
-  double state_bytes = 0;               ///< learned state, and the samples it is fitted to
+  double codec_state_bytes = 0;         ///< learned state, and the samples it is fitted to
   double rows = 0, clusters = 0;        ///< given to the codecs; centroids sent
   double max_relative_error = 0, max_error_ratio = 0;
   double expert_load_max_over_mean = 0;  ///< of the least balanced layer

@@ -24,8 +24,8 @@ for name in ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE", "SLURM
 TINY = ("--hidden-size 16 --heads 2 --ffn-hidden-size 16 --dense-ffn-hidden-size 16 --seq-len 32 "
         "--batch-size 2 --eval-sequences 8 --warmup-steps 5 --lr 0.01").split()
 KEYS = ("step loss eval_loss aux_loss lr grad_norm tokens_per_s step_ms codec_ms alltoall_ms "
-        "expert_ms bytes_sent bytes_raw rate max_relative_error max_error_ratio "
-        "expert_load_max_over_mean").split()
+        "expert_ms bytes_sent bytes_raw codec_bytes plan_bytes codec_state_bytes rate "
+        "max_relative_error max_error_ratio expert_load_max_over_mean").split()
 
 
 def command(args, ranks, program=PROGRAM, mpi_args=()):
@@ -101,7 +101,7 @@ class BadInput(TrainTest):
             ([*text, "--hidden-size", "0"], r"hidden-size is 0 \(must be at least 1\)"),
             ([*text, "--compress", "zip"], r"'zip'.*none.*bf16.*lsh"),
             ([*text, "--compress", "bf16", "--rounding", "stochastic"],
-             r"rounding stochastic is not for kind bf16: use rounding nearest"),
+             r"rounding stochastic is not for kind bf16: use nearest"),
             ([*text, "--compress", "lsh", "--max-error-backward", "-1"],
              r"max-error-backward is -1 \(must be 0 or positive\)"),
             ([*text, "--restore", "source"], r"restore source .* add --compress lsh"),
@@ -161,6 +161,10 @@ class Files(TrainTest):
             self.assertAlmostEqual(line["rate"], line["bytes_sent"] / line["bytes_raw"])
             self.assertAlmostEqual(line["tokens_per_s"] * line["step_ms"] / 1e3, 2 * 2 * 32)
             self.assertIsInstance(line["bytes_sent"], int)
+            self.assertEqual(
+                line["bytes_sent"],
+                sum(line["codec_bytes"].values()) + line["plan_bytes"] + line["codec_state_bytes"])
+            self.assertGreater(min(line["codec_bytes"].values()), 0)
             self.assertLessEqual(line["max_relative_error"], 0.1 * (1 + 1e-6))
             self.assertLessEqual(line["max_error_ratio"], 1.0)
             parts = line["codec_ms"] + line["alltoall_ms"] + line["expert_ms"]
