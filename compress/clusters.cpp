@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <utility>
 
 #include "lshmoe/kernels/lsh.hpp"
 
@@ -119,6 +120,28 @@ Clusters bucket_clusters(const ClusterInput& input, const CodecOptions& options)
   }
   clusters.centroids = means(input.x, clusters.assignment, clusters.count, input.hidden);
   return clusters;
+}
+
+std::vector<Probe> split_off_probes(const ClusterInput& input, const CodecOptions& options,
+                                    Clusters& clusters) {
+  std::vector<std::int64_t> followers;  // rows behind the first of their cluster
+  std::vector<bool> met(static_cast<std::size_t>(clusters.count), false);
+  for (std::int64_t i = 0; i < input.rows; ++i) {
+    const auto cluster = static_cast<std::size_t>(clusters.assignment[static_cast<std::size_t>(i)]);
+    if (met[cluster]) followers.push_back(i);
+    met[cluster] = true;
+  }
+  const auto count = static_cast<std::int64_t>(followers.size());
+  const std::int64_t most = std::min(options.alpha_probes(), count / 4);
+  std::vector<Probe> probes;
+  for (std::int64_t p = 0; p < most; ++p) {
+    const std::int64_t row = followers[static_cast<std::size_t>((2 * p + 1) * count / (2 * most))];
+    std::int64_t& cluster = clusters.assignment[static_cast<std::size_t>(row)];
+    probes.push_back({row, std::exchange(cluster, clusters.count++)});
+  }
+  if (!probes.empty())
+    clusters.centroids = means(input.x, clusters.assignment, clusters.count, input.hidden);
+  return probes;
 }
 
 Clusters paying_clusters(const ClusterInput& input, const CodecOptions& options,

@@ -28,6 +28,13 @@ struct ClusterInput {
 /// has a cluster. For restore=source.
 [[nodiscard]] Clusters bucket_clusters(const ClusterInput& input, const CodecOptions& options);
 
+/// Takes rows out of their clusters to stand alone, as clusters behind the others: spread evenly
+/// over the rows that are not the first of their cluster, alpha_probes at most and no more than a
+/// quarter of them. Every cluster keeps a row. Centroids are the means again. Returns the rows in
+/// order, each with the cluster it left.
+std::vector<Probe> split_off_probes(const ClusterInput& input, const CodecOptions& options,
+                                    Clusters& clusters);
+
 /// As many clusters as pay, or none. squared_bound [rows]: the rows' bounds, squared, in units of
 /// |z|^2 (the energy of a row in Z standing for all of it). centroid_bits, per element: what a
 /// centroid costs. Rows may stay without a cluster.

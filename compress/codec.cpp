@@ -113,6 +113,11 @@ void validate(const CodecOptions& options) {
   LSHMOE_VALIDATE(options.sample_rows() >= 0, "sample_rows ", options.sample_rows(),
                   " must be 0 (the default) or more");
   LSHMOE_VALIDATE(std::isfinite(options.alpha()), "alpha ", options.alpha(), " must be finite");
+  LSHMOE_VALIDATE(!options.estimate_alpha() || options.restore() == "source",
+                  "estimate_alpha needs restore source (restore expert adds no residual at the "
+                  "source): set it, or leave estimate_alpha out");
+  LSHMOE_VALIDATE(options.alpha_probes() >= 1, "alpha_probes ", options.alpha_probes(),
+                  " must be 1 or more");
   const std::string& rounding = options.rounding();
   LSHMOE_VALIDATE(rounding.empty() || rounding == "nearest" || rounding == "stochastic" ||
                       rounding == "dithered",

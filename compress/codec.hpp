@@ -64,6 +64,13 @@ struct CodecOptions {
   TORCH_ARG(int64_t, sample_rows) = 0;
   /// restore=source: y = E(c) + alpha (x - c'). 1 is the paper.
   TORCH_ARG(double, alpha) = 0.0;
+  /// restore=source: alpha is estimated in each forward, for each expert that this rank sends to,
+  /// by least squares over probes: tokens that travel alone, beside the centroid c' of their
+  /// cluster. alpha = sum of <E(x) - E(c'), x - c'> / sum of |x - c'|^2, a constant in the
+  /// backward. Where there are no probes, the number above.
+  TORCH_ARG(bool, estimate_alpha) = false;
+  /// Probes of a group at most; never more than a quarter of the rows that its clusters save.
+  TORCH_ARG(int64_t, alpha_probes) = 4;
   /// Empty: dithered for lsh, restore=expert, in both backward directions, else nearest.
   /// nearest; or one that keeps the mean of many rows (but for the cast to the row's dtype):
   /// stochastic (fp8, int8, int4), up or down by chance; dithered (lsh, restore=expert), with an
@@ -86,7 +93,7 @@ struct CodecContext {
 
 struct CodecStats {
   int64_t rows = 0;
-  int64_t clusters = 0;    ///< centroids sent, summed over the groups
+  int64_t clusters = 0;    ///< centroids sent (probes too), summed over the groups
   int64_t raw_bytes = 0;   ///< 2 * rows * hidden_size: what bf16 would take, whatever the dtype
   int64_t sent_bytes = 0;  ///< all bytes of all parcels
   int64_t whole_rows = 0;  ///< rows sent whole
@@ -108,6 +115,12 @@ struct StateStats {
   double seconds = 0.0;      ///< spent in refresh(), waiting included
 };
 
+/// estimate_alpha: a row that is a centroid by itself, and the centroid of the cluster it left.
+struct Probe {
+  int64_t row = 0;      ///< of `assignment`
+  int64_t cluster = 0;  ///< index into `centroids`
+};
+
 struct Encoded {
   at::Tensor bytes;  ///< uint8 [sum], on the codec's device, one parcel a group, one after another
   std::vector<int64_t> bytes_per_group;  ///< [groups]; 0 for a group without rows
@@ -115,6 +128,7 @@ struct Encoded {
       assignment;  ///< int64 [N]: row -> centroid (over all groups), -1 none. lsh; else undefined
   at::Tensor centroids;  ///< [C, hidden], row dtype, as decoded. lsh; else undefined
   std::vector<int64_t> centroids_per_group;  ///< [groups]
+  std::vector<Probe> probes;                 ///< in row order
   CodecStats stats;
 };
 

@@ -331,6 +331,7 @@ class LshCodec final : public CpuCodec {
     std::vector<std::int64_t> assignment;
     std::vector<float> centroids;
     std::int64_t centroid_count = 0;
+    std::vector<Probe> probes;
     double relative_sum = 0;
   };
 
@@ -369,6 +370,7 @@ class LshCodec final : public CpuCodec {
     encoded.centroids = at::empty({stream.centroid_count, hidden}, at::dtype(context().dtype));
     kernels::convert(static_cast<T*>(encoded.centroids.mutable_data_ptr()), stream.centroids.data(),
                      stream.centroid_count * hidden);
+    encoded.probes = std::move(stream.probes);
     CodecStats& stats = encoded.stats;
     stats.rows = source.rows;
     stats.clusters = stream.centroid_count;
@@ -436,7 +438,14 @@ class LshCodec final : public CpuCodec {
     std::vector<float> mean(static_cast<std::size_t>(hidden));
     group_mean(mean, rows, work);
     static_cast<void>(project(rows, mean.data(), work));
-    Clusters clusters = bucket_clusters({rows, hidden, work.x.data(), work.z.data()}, options());
+    const ClusterInput input{rows, hidden, work.x.data(), work.z.data()};
+    Clusters clusters = bucket_clusters(input, options());
+    if (options().estimate_alpha()) {
+      for (const Probe& probe : split_off_probes(input, options(), clusters)) {
+        stream.probes.push_back({static_cast<int64_t>(stream.assignment.size()) + probe.row,
+                                 stream.centroid_count + probe.cluster});
+      }
+    }
     ParcelHeader header;
     header.kind = parcel_kind();
     header.dtype = context().dtype;

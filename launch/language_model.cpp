@@ -140,6 +140,14 @@ void LanguageModelImpl::refresh_codecs() {
   }
 }
 
+std::vector<StateStats> LanguageModelImpl::state_stats(Direction direction) const {
+  std::vector<StateStats> stats;
+  for (const Block& block : blocks_) {
+    if (!block.moe.is_empty()) stats.push_back(block.moe->dispatcher().state_stats(direction));
+  }
+  return stats;
+}
+
 void LanguageModelImpl::update_expert_bias() {
   for (Block& block : blocks_) {
     if (!block.moe.is_empty()) block.moe->update_expert_bias();

@@ -62,6 +62,8 @@ class LanguageModelImpl : public torch::nn::Module {
   void update_expert_bias();
   /// See Dispatcher::refresh_codecs. Collective over groups.expert.
   void refresh_codecs();
+  /// Learned state of one exchange of each MoE layer. Local.
+  [[nodiscard]] std::vector<StateStats> state_stats(Direction direction) const;
 
   const LanguageModelOptions options;
 

@@ -50,6 +50,7 @@ nlohmann::ordered_json to_json(const StepReport& r, int64_t tokens_per_step) {
           {"tokens_per_s", ratio(static_cast<double>(tokens_per_step), r.seconds.step)},
           {"step_ms", 1e3 * r.seconds.step},
           {"codec_ms", 1e3 * r.seconds.codec},
+          {"codec_state_ms", 1e3 * r.seconds.codec_state},
           {"alltoall_ms", 1e3 * r.seconds.alltoall},
           {"expert_ms", 1e3 * r.seconds.experts},
           {"bytes_sent", static_cast<int64_t>(r.bytes_sent)},
@@ -57,6 +58,8 @@ nlohmann::ordered_json to_json(const StepReport& r, int64_t tokens_per_step) {
           {"codec_bytes", bytes_by_direction(r)},
           {"plan_bytes", static_cast<int64_t>(r.plan_bytes)},
           {"codec_state_bytes", static_cast<int64_t>(r.codec_state_bytes)},
+          {"codec_state_memory", static_cast<int64_t>(r.codec_state_memory)},
+          {"codec_state_version", r.codec_state_version},
           {"rate", ratio(r.bytes_sent, r.bytes_raw)},
           {"max_relative_error", r.max_relative_error},
           {"max_error_ratio", r.max_error_ratio},
@@ -150,6 +153,13 @@ void Reporter::summary(bool stopped) const {
         "  codec           %.0f rows and %.1f clusters a step; largest relative error "
         "%.4f, largest share of its bound %.4f",
         sum_.rows / steps, sum_.clusters / steps, sum_.max_relative_error, sum_.max_error_ratio));
+  }
+  if (last_.codec_state_version > 0) {
+    print_line(format(
+        "  learned state   version %lld: %.1f MiB of the bytes sent, %.1f s of the codec's time, "
+        "%.1f MiB of memory a rank",
+        static_cast<long long>(last_.codec_state_version), sum_.codec_state_bytes / kMebi,
+        last_.codec_state_memory / kMebi));
   }
   const double rest = s.step - s.experts - s.codec - s.alltoall - s.gradients - s.optimiser;
   const auto share = [&](double seconds) { return 100 * seconds / s.step; };

@@ -37,6 +37,8 @@ CodecOptions forward_codec(const TrainOptions& o) {
       .refresh_every(o.refresh_every)
       .sample_rows(o.sample_rows)
       .alpha(o.alpha)
+      .estimate_alpha(o.estimate_alpha)
+      .alpha_probes(o.alpha_probes)
       .rounding(o.rounding)
       .seed(static_cast<std::uint64_t>(o.seed));
 }
@@ -147,6 +149,10 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
           "learned: rows a fit sees; 0: 2048, with a basis at least 10 x "
           "hidden-size, but no more than a 32nd of the rows until the next fit")(
           "alpha", real(o.alpha, 0, "0"), "restore=source: weight of the residual; 1 is the paper")(
+          "estimate-alpha", po::bool_switch(&o.estimate_alpha),
+          "restore=source: estimate alpha from probe tokens, for each expert and forward")(
+          "alpha-probes", value<int64_t>(o.alpha_probes, 4),
+          "estimate-alpha: tokens sent whole for it, at most, a rank and expert")(
           "rounding", value<string>(o.rounding, ""),
           "nearest, or without bias: stochastic (fp8, int8, int4), dithered (lsh); default: "
           "nearest, and dithered for lsh's backward exchanges")(

@@ -17,6 +17,9 @@
 namespace lshmoe::launch {
 namespace {
 
+constexpr Direction kDirections[] = {Direction::dispatch, Direction::combine,
+                                     Direction::combine_backward, Direction::dispatch_backward};
+
 class Clock {
  public:
   /// Seconds since the last call, or since it was made.
@@ -80,8 +83,7 @@ bool bound_by_row(const CodecOptions& codec, Direction direction) {
 
 void add_exchange(StepReport& report, const MoEStats& stats, const MoELayerOptions& layer) {
   report.seconds.experts += stats.expert_time->seconds();
-  for (const Direction direction : {Direction::dispatch, Direction::combine,
-                                    Direction::combine_backward, Direction::dispatch_backward}) {
+  for (const Direction direction : kDirections) {
     const DirectionStats& d = (*stats.exchange)[direction];
     report.codec_bytes[static_cast<std::size_t>(direction)] += static_cast<double>(d.codec_bytes);
     report.plan_bytes += static_cast<double>(d.plan_bytes);
@@ -111,6 +113,7 @@ double learning_rate(const TrainOptions& o, int64_t step) {
 PhaseSeconds& PhaseSeconds::operator+=(const PhaseSeconds& other) {
   experts += other.experts;
   codec += other.codec;
+  codec_state += other.codec_state;
   alltoall += other.alltoall;
   gradients += other.gradients;
   optimiser += other.optimiser;
@@ -158,7 +161,14 @@ StepReport Trainer::step(bool stop) {
   const std::uint64_t state_bytes_before = state_bytes();
   model_->refresh_codecs();
   report.codec_state_bytes = static_cast<double>(state_bytes() - state_bytes_before);
-  report.seconds.codec += phase.lap();
+  report.seconds.codec_state = phase.lap();
+  report.seconds.codec += report.seconds.codec_state;
+  for (const Direction direction : kDirections) {
+    for (const StateStats& state : model_->state_stats(direction)) {
+      report.codec_state_memory += static_cast<double>(state.memory_bytes);
+      report.codec_state_version = std::max(report.codec_state_version, state.version);
+    }
+  }
 
   report.loss = out.loss.item<double>();
   report.aux_loss = out.aux_loss.item<double>();
@@ -177,6 +187,7 @@ StepReport Trainer::step(bool stop) {
                            &report.aux_loss,
                            &report.seconds.experts,
                            &report.seconds.codec,
+                           &report.seconds.codec_state,
                            &report.seconds.alltoall,
                            &report.seconds.gradients,
                            &report.seconds.optimiser,
@@ -192,6 +203,7 @@ StepReport Trainer::step(bool stop) {
   }
   gathered.max(report.max_relative_error);
   gathered.max(report.max_error_ratio);
+  gathered.max(report.codec_state_memory);
   gathered.reduce(*groups_.world);
   for (double* field : means) *field /= world_size;
   report.bytes_sent = std::accumulate(report.codec_bytes.begin(), report.codec_bytes.end(),

@@ -27,6 +27,7 @@ namespace lshmoe::launch {
 /// Wall time by phase, seconds; means over the ranks.
 struct PhaseSeconds {
   double experts = 0, codec = 0, alltoall = 0, gradients = 0, optimiser = 0, step = 0;
+  double codec_state = 0;  ///< refreshing learned state; part of codec
   PhaseSeconds& operator+=(const PhaseSeconds& other);
 };
 
@@ -42,6 +43,8 @@ struct StepReport {
   std::array<double, 4> codec_bytes{};  ///< parcels, by Direction
   double plan_bytes = 0;                ///< sizes, ids, gate weights and their gradients
   double codec_state_bytes = 0;         ///< learned state, and the samples it is fitted to
+  double codec_state_memory = 0;        ///< bytes a rank holds for it, the most of all ranks
+  int64_t codec_state_version = 0;      ///< the latest of all codecs; 0: nothing learned yet
   double rows = 0, clusters = 0;        ///< given to the codecs; centroids sent
   double max_relative_error = 0, max_error_ratio = 0;
   double expert_load_max_over_mean = 0;  ///< of the least balanced layer
@@ -55,7 +58,7 @@ class NotFinite : public std::runtime_error {
 };
 
 /// A model, its optimiser, and where they stand. Every member function is collective over the
-/// world.
+/// world, if it does not say otherwise.
 class Trainer {
  public:
   /// Options as validated. `data` must outlive the trainer.
@@ -67,6 +70,11 @@ class Trainer {
 
   /// Mean loss over the held-out windows, nats; the same windows whatever the layout.
   [[nodiscard]] double evaluate();
+
+  /// See LanguageModelImpl::state_stats. Local.
+  [[nodiscard]] std::vector<StateStats> state_stats(Direction direction) const {
+    return model_->state_stats(direction);
+  }
 
   /// Over all ranks; experts counted once.
   [[nodiscard]] int64_t num_parameters();

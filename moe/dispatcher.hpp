@@ -26,6 +26,7 @@ struct DirectionStats {
   int64_t codec_bytes = 0;          ///< parcels sent to other ranks
   int64_t plan_bytes = 0;           ///< sizes, ids, weights, gate gradients sent to other ranks
   double max_relative_error = 0.0;  ///< see CodecStats
+  double mean_relative_error = 0.0;
   double max_error_ratio = 0.0;
   PhaseTimer codec_time;     ///< encode + decode
   PhaseTimer exchange_time;  ///< inside the communicator
@@ -34,6 +35,8 @@ struct DirectionStats {
 /// Statistics of one forward; the backward adds its directions when it runs, so read them after it.
 struct ExchangeStats {
   DirectionStats direction[4];  ///< indexed by Direction
+  /// restore=source with estimate_alpha: [num_experts], as estimated by this rank; else empty.
+  std::vector<double> alpha;
   [[nodiscard]] DirectionStats& operator[](Direction d) { return direction[static_cast<int>(d)]; }
   [[nodiscard]] const DirectionStats& operator[](Direction d) const {
     return direction[static_cast<int>(d)];

@@ -142,6 +142,19 @@ std::string ExchangeContext::name_of_rank(int64_t rank) const {
   return "rank " + std::to_string(comm->world_rank(static_cast<int>(rank)));
 }
 
+void add_codec_stats(DirectionStats& stats, const CodecStats& codec) {
+  stats.rows += codec.rows;
+  stats.clusters += codec.clusters;
+  stats.whole_rows += codec.whole_rows;
+  stats.max_relative_error = std::max(stats.max_relative_error, codec.max_relative_error);
+  if (codec.rows > 0) {
+    stats.mean_relative_error +=
+        (codec.mean_relative_error - stats.mean_relative_error) *
+        (static_cast<double>(codec.rows) / static_cast<double>(stats.rows));
+  }
+  stats.max_error_ratio = std::max(stats.max_error_ratio, codec.max_error_ratio);
+}
+
 Exchange::Exchange(std::shared_ptr<ExchangeContext> context,
                    std::shared_ptr<ExchangeStats> forward_stats)
     : stats(forward_stats ? std::move(forward_stats) : std::make_shared<ExchangeStats>()),
@@ -188,13 +201,9 @@ RowsIn Exchange::swap(const RowsOut& out) {
     Codec& codec = c.codec(out.direction, out.rows.scalar_type());
     made = codec.encode(out.rows, coded_index, coded);
     if (requires_grad) codec.observe(out.rows, coded_index);
+    add_codec_stats(s, made.stats);
     encoded = &made;
   }
-  s.rows += encoded->stats.rows;
-  s.clusters += encoded->stats.clusters;
-  s.whole_rows += encoded->stats.whole_rows;
-  s.max_relative_error = std::max(s.max_relative_error, encoded->stats.max_relative_error);
-  s.max_error_ratio = std::max(s.max_error_ratio, encoded->stats.max_error_ratio);
   s.bytes_raw += 2 * hidden * out.raw_rows;
 
   // Sizes, and whether all ranks are in the same call.

@@ -54,6 +54,9 @@ class ExchangeContext {
   std::optional<at::Stream> exchange_stream_;  // made when first asked for
 };
 
+/// Adds what one encode call did; swap() does it for the parcels that it makes.
+void add_codec_stats(DirectionStats& stats, const CodecStats& codec);
+
 /// Rows to send. Groups are (destination rank, group of that rank): one group a rank for
 /// restore=expert, one for each local expert for restore=source.
 struct RowsOut {

@@ -21,6 +21,7 @@ enum PlanEntry : std::size_t {
   kReceivedPerGroup,  ///< int64 [ranks * num_local_experts]
   kPeersRouted,       ///< int64 [ranks]: rows of the peers' plans for this rank
   kPosition,          ///< int64 [received]: place among the experts' rows
+  kProbes,            ///< int64 [2, probes]: centroids that are probes, those of their clusters
   kPlanEntries
 };
 
@@ -58,6 +59,25 @@ Choices choices_of(const at::Tensor& topk_ids, int64_t num_experts) {
     c.slot[place] = i;
   }
   return c;
+}
+
+/// Each expert's alpha [num_experts], in double: by least squares over its probes, else the option.
+/// outputs and centroids [sent, hidden], expert_of int64 [sent].
+at::Tensor estimate_alpha(const at::Tensor& outputs, const at::Tensor& centroids,
+                          const at::Tensor& probes, const at::Tensor& expert_of,
+                          int64_t num_experts, double otherwise) {
+  const at::NoGradGuard no_grad;
+  const auto difference = [&](const at::Tensor& rows) {
+    return rows.index_select(0, probes[0]).to(at::kDouble) -
+           rows.index_select(0, probes[1]).to(at::kDouble);
+  };
+  const at::Tensor of_outputs = difference(outputs), of_inputs = difference(centroids);
+  const at::Tensor expert = expert_of.index_select(0, probes[0]);
+  const auto per_expert = [&](const at::Tensor& products) {
+    return at::zeros({num_experts}, at::kDouble).index_add(0, expert, products.sum(1));
+  };
+  const at::Tensor squares = per_expert(of_inputs * of_inputs);
+  return at::where(squares > 0, per_expert(of_outputs * of_inputs) / squares, otherwise);
 }
 
 int64_t sum(const std::vector<int64_t>& values, int64_t first, int64_t last) {
@@ -105,7 +125,7 @@ Dispatched dispatch_centroids(const at::Tensor& x_in, const at::Tensor& topk_ids
     encoded =
         context.codec(Direction::dispatch, x.scalar_type()).encode(x.detach(), coded_token, coded);
   }
-  ops::add_codec_stats(stats, encoded.stats);
+  add_codec_stats(stats, encoded.stats);
 
   // This rank's own rows stand among the centroids, each alone.
   std::vector<int64_t> sent = encoded.centroids_per_group;
@@ -170,6 +190,13 @@ Dispatched dispatch_centroids(const at::Tensor& x_in, const at::Tensor& topk_ids
   d.plan[kReceivedPerGroup] = received_per_group;
   d.plan[kPeersRouted] = peers_routed;
   d.plan[kPosition] = position;
+  std::vector<int64_t> alone, left;
+  for (const Probe& probe : encoded.probes) {
+    const int64_t shift = probe.row < own_first ? 0 : own_count;
+    alone.push_back(assignment.const_data_ptr<int64_t>()[probe.row] + shift);
+    left.push_back(probe.cluster + shift);
+  }
+  d.plan[kProbes] = at::stack({at::tensor(alone, at::kLong), at::tensor(left, at::kLong)});
   return d;
 }
 
@@ -189,11 +216,23 @@ at::Tensor combine_centroids(const at::Tensor& expert_output, const Dispatched& 
 
   RECORD_FUNCTION("lshmoe::combine", std::vector<c10::IValue>{});
   const at::ScalarType accumulate = ops::weight_type(expert_output.scalar_type());
-  const double alpha = exchange->context().options.codec(Direction::dispatch).alpha();
+  const DispatcherOptions& options = exchange->context().options;
+  const CodecOptions& codec = options.codec(Direction::dispatch);
   at::Tensor terms = outputs.index_select(0, centroid_of).to(accumulate);
-  if (alpha != 0) {
-    terms = terms + alpha * (x.index_select(0, token).to(accumulate) -
-                             d.plan[kCentroids].index_select(0, centroid_of).to(accumulate));
+  if (codec.estimate_alpha() || codec.alpha() != 0) {
+    const at::Tensor &centroids = d.plan[kCentroids], &sent = d.plan[kSentPerGroup];
+    at::Tensor alpha = at::full({options.num_experts()}, codec.alpha(), at::kDouble);
+    const at::Tensor expert_of = at::repeat_interleave(sent);
+    if (codec.estimate_alpha()) {
+      alpha = estimate_alpha(outputs, centroids, d.plan[kProbes], expert_of, options.num_experts(),
+                             codec.alpha());
+      d.stats->alpha.assign(alpha.const_data_ptr<double>(),
+                            alpha.const_data_ptr<double>() + alpha.numel());
+    }
+    const at::Tensor alpha_of =
+        alpha.to(accumulate).index_select(0, expert_of.index_select(0, centroid_of)).unsqueeze(1);
+    terms = terms + alpha_of * (x.index_select(0, token).to(accumulate) -
+                                centroids.index_select(0, centroid_of).to(accumulate));
   }
   const at::Tensor weights =
       d.plan[kWeights].reshape({-1}).index_select(0, d.plan[kSlot]).unsqueeze(1);

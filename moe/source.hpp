@@ -14,8 +14,8 @@ namespace lshmoe {
                                             const at::Tensor& topk_weights,
                                             const ops::ExchangePtr& exchange);
 
-/// y_t = sum over the token's experts e of w_te (E_e(c) + alpha (x_t - c)), c the token's centroid
-/// for e. See Dispatcher::combine.
+/// y_t = sum over the token's experts e of w_te (E_e(c) + alpha_e (x_t - c)), c the token's
+/// centroid for e, alpha_e a constant: see CodecOptions. See Dispatcher::combine.
 [[nodiscard]] at::Tensor combine_centroids(const at::Tensor& expert_output,
                                            const Dispatched& dispatched,
                                            const ops::ExchangePtr& exchange);

@@ -50,7 +50,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swap_rows(
     const at::Tensor& routed_rows, const at::Tensor& expected_rows, const at::Tensor& parcels,
     const at::Tensor& parcel_bytes, int64_t direction, const ExchangePtr& exchange);
 
-/// Registers statistics of parcels that swap_rows is given.
-void add_codec_stats(DirectionStats& stats, const CodecStats& codec);
-
 }  // namespace lshmoe::ops

@@ -1,7 +1,5 @@
 // swap_rows: rows to their ranks without a plan; restore=source is made of it.
 
-#include <algorithm>
-
 #include "lshmoe/moe/ops/cpu.hpp"
 #include "lshmoe/moe/ops/ops.hpp"
 #include "lshmoe/moe/ops/registration.hpp"
@@ -71,14 +69,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swap_rows(
                              .typed<decltype(swap_rows)>();
   return op.call(rows, link, rows_per_group, routed_rows, expected_rows, parcels, parcel_bytes,
                  direction, exchange);
-}
-
-void add_codec_stats(DirectionStats& stats, const CodecStats& codec) {
-  stats.rows += codec.rows;
-  stats.clusters += codec.clusters;
-  stats.whole_rows += codec.whole_rows;
-  stats.max_relative_error = std::max(stats.max_relative_error, codec.max_relative_error);
-  stats.max_error_ratio = std::max(stats.max_error_ratio, codec.max_error_ratio);
 }
 
 void register_swap_rows_cpu(torch::Library& m) { m.impl("swap_rows", TORCH_FN(swap_rows_cpu)); }

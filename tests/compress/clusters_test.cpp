@@ -189,6 +189,83 @@ TEST(Clusters, OfSourceAreMeansOfTheirGroup) {
   }
 }
 
+TEST(Probes, LeaveTheirClustersAndStandAlone) {
+  const at::Tensor x = clustered(300, 24, 12, 0.4, 1);
+  for (const int64_t most : {1, 4, 40, 1000}) {
+    SCOPED_TRACE(most);
+    const Group group = make_group(
+        x, CodecOptions().hashes(2).hash_dim(4).projection(16).refine(0).alpha_probes(most));
+    const Clusters before = bucket_clusters(group.input(), group.options);
+    Clusters after = before;
+    const std::vector<Probe> probes = split_off_probes(group.input(), group.options, after);
+    // Rows that are not the first of their cluster.
+    std::vector<int64_t> followers;
+    std::set<int64_t> met;
+    for (int64_t i = 0; i < 300; ++i)
+      if (!met.insert(before.assignment[static_cast<std::size_t>(i)]).second)
+        followers.push_back(i);
+    ASSERT_GT(followers.size(), 100U);
+    const auto count = std::min<std::size_t>(static_cast<std::size_t>(most), followers.size() / 4);
+    ASSERT_EQ(probes.size(), count);
+    EXPECT_EQ(after.count, before.count + static_cast<int64_t>(count));
+    std::vector<int64_t> expected = before.assignment;
+    for (std::size_t p = 0; p < count; ++p) {
+      // One from each of `count` equal parts of them.
+      const auto at = std::find(followers.begin(), followers.end(), probes[p].row);
+      ASSERT_NE(at, followers.end());
+      const auto place = static_cast<double>(at - followers.begin());
+      const double part = static_cast<double>(followers.size()) / static_cast<double>(count);
+      EXPECT_GE(place, part * static_cast<double>(p) - 1);
+      EXPECT_LT(place, part * static_cast<double>(p + 1));
+      int64_t& cluster = expected[static_cast<std::size_t>(probes[p].row)];
+      EXPECT_EQ(probes[p].cluster, cluster);
+      cluster = before.count + static_cast<int64_t>(p);
+    }
+    EXPECT_EQ(after.assignment, expected);
+    // Also that no cluster is without members.
+    expect_means(x, to_tensor(after.assignment), centroids_of(after, 24), 1e-6);
+  }
+}
+
+TEST(Probes, TravelWithTheCentroidsOfTheirGroup) {
+  const at::Tensor x = clustered(250, 20, 6, 0.3, 2).to(at::kBFloat16);
+  const std::vector<int64_t> groups{120, 1, 0, 9, 120};
+  const auto options = CodecOptions().restore("source").refine(1).max_clusters(8);
+  const CodecContext context{20, 1, Direction::dispatch, at::kBFloat16};
+  const auto codec =
+      make_codec(CodecOptions(options).estimate_alpha(true).alpha_probes(3), context);
+  const Encoded encoded = codec->encode(x, groups),
+                without = make_codec(options, context)->encode(x, groups);
+  EXPECT_TRUE(without.probes.empty());
+  EXPECT_EQ(bytes_of(codec->decode(encoded.bytes, encoded.bytes_per_group).rows),
+            bytes_of(encoded.centroids));
+  std::vector<std::size_t> per_group(groups.size(), 0);
+  for (const Probe& probe : encoded.probes) {
+    const int64_t alone = encoded.assignment[probe.row].item<int64_t>();
+    EXPECT_EQ(encoded.assignment.eq(alone).sum().item<int64_t>(), 1);
+    EXPECT_EQ(bytes_of(encoded.centroids[alone]), bytes_of(x[probe.row]));
+    std::size_t g = 0;
+    int64_t first_row = 0, first_centroid = 0;
+    for (; probe.row >= first_row + groups[g]; ++g) {
+      first_row += groups[g];
+      first_centroid += encoded.centroids_per_group[g];
+    }
+    ++per_group[g];
+    // Of the same group, and somebody else's.
+    EXPECT_GE(probe.cluster, first_centroid);
+    EXPECT_LT(probe.cluster, first_centroid + encoded.centroids_per_group[g]);
+    EXPECT_NE(probe.cluster, alone);
+    EXPECT_TRUE(encoded.assignment.eq(probe.cluster).any().item<bool>());
+  }
+  EXPECT_EQ(per_group[0], 3U);
+  EXPECT_EQ(per_group[4], 3U);
+  EXPECT_EQ(per_group[1], 0U);
+  EXPECT_LE(per_group[3], 2U);
+  // A probe costs its row.
+  EXPECT_EQ(encoded.stats.sent_bytes - without.stats.sent_bytes,
+            static_cast<int64_t>(encoded.probes.size()) * 2 * 20);
+}
+
 TEST(Clusters, OfExpertDoNotMixGroups) {
   const at::Tensor rows = clustered(200, 48, 8, 0.1, 6);
   const at::Tensor x = at::cat({rows, rows.flip(0), rows.narrow(0, 0, 60)});

@@ -410,6 +410,8 @@ TEST(CodecErrors, Options) {
       {CodecOptions().max_clusters(-1), "max_clusters -1 must be 0 (no clusters) to 65535"},
       {CodecOptions().max_clusters(65536), "max_clusters 65536 must be"},
       {CodecOptions().alpha(nan), "alpha nan must be finite"},
+      {CodecOptions().estimate_alpha(true), "estimate_alpha needs restore source"},
+      {CodecOptions().restore("source").alpha_probes(0), "alpha_probes 0 must be 1 or more"},
   };
   for (const auto& [options, text] : cases) {
     expect_error([&o = options] { validate(o); }, text);
