@@ -113,6 +113,8 @@ struct StateStats {
   int64_t memory_bytes = 0;  ///< held by this process: two versions and the sample
   int64_t bytes_sent = 0;    ///< by this process in all refreshes: samples and states
   double seconds = 0.0;      ///< spent in refresh(), waiting included
+  /// Of all that coding reads of the state: equal on all ranks of the group.
+  std::uint32_t checksum = 0;
 };
 
 /// estimate_alpha: a row that is a centroid by itself, and the centroid of the cluster it left.

@@ -1,6 +1,7 @@
 #include "lshmoe/compress/learned_state.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -80,6 +81,23 @@ std::int64_t LearnedState::memory_bytes() const {
   const auto floats = parcel.size() / 4 + 2 * bases.size() + mean_z.size() + centroids_z.size();
   const auto square = basis.defined() ? 2 * hidden * hidden : 0;
   return static_cast<std::int64_t>(4 * (floats + order.size())) + 4 * square;
+}
+
+std::uint32_t LearnedState::checksum() const {
+  std::uint32_t sum = 0;
+  const auto add = [&sum](const auto& values) {
+    sum = kernels::checksum(values.data(), values.size() * sizeof(values[0]), sum);
+  };
+  add(bases);
+  add(order);
+  for (const at::Tensor& matrix : {basis, inverse}) {
+    if (matrix.defined()) sum = kernels::checksum(matrix.const_data_ptr(), matrix.nbytes(), sum);
+  }
+  add(std::array{stretch});
+  add(ordered_bases);
+  add(mean_z);
+  add(centroids_z);
+  return sum;
 }
 
 std::vector<std::int32_t> order_by_energy(const std::vector<float>& energy) {

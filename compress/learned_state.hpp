@@ -32,6 +32,8 @@ struct LearnedState {
   std::vector<float> centroids_z;    ///< [centroids, projection], less mean_z
 
   [[nodiscard]] std::int64_t memory_bytes() const;
+  /// Of everything above but the version's number.
+  [[nodiscard]] std::uint32_t checksum() const;
 };
 
 /// Fits a state to sample rows [n, hidden] float32, n >= 1: centroids from LSH buckets and two

@@ -208,6 +208,7 @@ class LshCodec final : public CpuCodec {
           state_from_bytes(bytes, context().hidden_size, options(), projection_));
       state_stats_.version = current_->version;
       state_stats_.centroids = current_->centroids;
+      state_stats_.checksum = current_->checksum();
       state_stats_.state_bytes = static_cast<int64_t>(size);
     }
     state_stats_.bytes_sent +=

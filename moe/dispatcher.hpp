@@ -113,7 +113,7 @@ class Dispatcher {
   /// Codec::refresh). Call it once an optimiser step, after the backward. Collective over
   /// groups.expert; without a learned state nothing happens.
   void refresh_codecs() const;
-  /// The learned state of one exchange. Local.
+  /// The learned state of one exchange: version, bytes, memory and seconds so far. Local.
   [[nodiscard]] StateStats state_stats(Direction direction) const;
 
   [[nodiscard]] const DispatcherOptions& options() const;

@@ -117,6 +117,7 @@ StateStats ExchangeContext::state_stats(Direction direction) {
     const StateStats stats = codec->state_stats();
     sum.version = std::max(sum.version, stats.version);
     sum.centroids = std::max(sum.centroids, stats.centroids);
+    sum.checksum += stats.checksum;
     sum.state_bytes += stats.state_bytes;
     sum.memory_bytes += stats.memory_bytes;
     sum.bytes_sent += stats.bytes_sent;

@@ -23,9 +23,10 @@ for name in ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE", "SLURM
 
 TINY = ("--hidden-size 16 --heads 2 --ffn-hidden-size 16 --dense-ffn-hidden-size 16 --seq-len 32 "
         "--batch-size 2 --eval-sequences 8 --warmup-steps 5 --lr 0.01").split()
-KEYS = ("step loss eval_loss aux_loss lr grad_norm tokens_per_s step_ms codec_ms alltoall_ms "
-        "expert_ms bytes_sent bytes_raw codec_bytes plan_bytes codec_state_bytes rate "
-        "max_relative_error max_error_ratio expert_load_max_over_mean").split()
+KEYS = ("step loss eval_loss aux_loss lr grad_norm tokens_per_s step_ms codec_ms codec_state_ms "
+        "alltoall_ms expert_ms bytes_sent bytes_raw codec_bytes plan_bytes codec_state_bytes "
+        "codec_state_memory codec_state_version rate max_relative_error max_error_ratio "
+        "expert_load_max_over_mean").split()
 
 
 def command(args, ranks, program=PROGRAM, mpi_args=()):
@@ -102,6 +103,8 @@ class BadInput(TrainTest):
             ([*text, "--compress", "zip"], r"'zip'.*none.*bf16.*lsh"),
             ([*text, "--compress", "bf16", "--rounding", "stochastic"],
              r"rounding stochastic is not for kind bf16: use nearest"),
+            ([*text, "--compress", "lsh", "--estimate-alpha"],
+             r"estimate_alpha needs restore source .*: set it, or"),
             ([*text, "--compress", "lsh", "--max-error-backward", "-1"],
              r"max-error-backward is -1 \(must be 0 or positive\)"),
             ([*text, "--restore", "source"], r"restore source .* add --compress lsh"),
@@ -152,7 +155,7 @@ class Files(TrainTest):
 
     def test_metrics(self):
         output = self.train(["--steps", "30", "--eval-every", "10", "--compress", "lsh",
-                             "--metrics", self.path("m.jsonl"), "--progress", "10"], ranks=2)
+                             "--codec-state", "learned", "--metrics", self.path("m.jsonl"), "--progress", "10"], ranks=2)
         lines = self.metrics()
         self.assertEqual([line["step"] for line in lines], list(range(1, 31)))
         for line in lines:
@@ -169,6 +172,13 @@ class Files(TrainTest):
             self.assertLessEqual(line["max_error_ratio"], 1.0)
             parts = line["codec_ms"] + line["alltoall_ms"] + line["expert_ms"]
             self.assertTrue(0 < parts < line["step_ms"])
+            # The learned state is fitted at steps 1, 2, 4, ...
+            fits = line["step"].bit_length()
+            self.assertEqual(line["codec_state_version"], fits)
+            self.assertEqual(line["codec_state_bytes"] > 0, line["step"] == 1 << fits - 1)
+            self.assertLess(line["codec_state_bytes"], line["bytes_sent"])
+            self.assertGreater(line["codec_state_memory"], 0)
+            self.assertTrue(0 <= line["codec_state_ms"] <= line["codec_ms"])
         self.assertLess(lines[-1]["loss"], lines[0]["loss"] - 1)
         # The same numbers for the reader.
         self.assertRegex(output, r"step 20/30  loss [\d.]+  \d+ tokens/s  ETA \d+ s  sent [\d.]+ %")
@@ -178,6 +188,10 @@ class Files(TrainTest):
         sent, raw = (sum(line[key] for line in lines) for key in ("bytes_sent", "bytes_raw"))
         self.assertIn(f"{sent / 2**20:.1f} MiB sent, {raw / 2**20:.1f} MiB raw (bf16): "
                       f"{100 * sent / raw:.1f} %, {(raw - sent) / 2**20:.1f} MiB saved", output)
+        state, seconds = (sum(line[key] for line in lines)
+                          for key in ("codec_state_bytes", "codec_state_ms"))
+        self.assertIn(f"learned state   version 5: {state / 2**20:.1f} MiB of the bytes sent, "
+                      f"{seconds / 1e3:.1f} s of the codec's time, ", output)
         shares = re.search(r"  time  .*", output).group()
         self.assertAlmostEqual(sum(map(float, re.findall(r"([\d.]+) %", shares))), 100, delta=0.4)
 

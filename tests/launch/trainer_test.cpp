@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -103,6 +104,16 @@ void expect_equal_losses(const Course& a, const Course& b, double relative_toler
     expect_near(a.steps[i].grad_norm, b.steps[i].grad_norm);
   }
   expect_near(a.eval_loss, b.eval_loss);
+}
+
+/// Sent by all ranks so far within their expert groups. Collective.
+std::int64_t bytes_of(const ExpertGroups& groups, const std::vector<Purpose>& purposes) {
+  std::int64_t sum = 0;
+  for (const Purpose purpose : purposes) {
+    sum += static_cast<std::int64_t>(groups.expert->traffic(purpose).bytes_sent);
+  }
+  world()->all_reduce(std::span(&sum, 1), ReduceOp::sum, Purpose::control);
+  return sum;
 }
 
 ExpertGroups alone() { return make_expert_groups(make_self_communicator()); }
@@ -205,16 +216,60 @@ TEST(Trainer, StepsAreThoseOfAdamW) {
 
 TEST(Trainer, SameSeedSameBits) {
   const ExpertGroups groups = make_expert_groups(world());
-  const TrainOptions o = options({"--compress", "lsh", "--aux-loss-coeff", "0.01"});
-  const Course first = train_steps(o, groups), second = train_steps(o, groups);
-  expect_equal_losses(first, second, 0);
-  for (std::size_t i = 0; i < first.steps.size(); ++i) {
-    EXPECT_EQ(first.steps[i].bytes_sent, second.steps[i].bytes_sent);
-    EXPECT_EQ(first.steps[i].aux_loss, second.steps[i].aux_loss);
+  const std::vector<std::vector<const char*>> cases = {
+      {},
+      {"--codec-state", "learned"},
+      {"--codec-state", "learned", "--transform", "basis", "--rounding-backward", "stochastic"},
+      {"--restore", "source", "--estimate-alpha"},
+  };
+  for (std::vector<const char*> more : cases) {
+    SCOPED_TRACE(more.empty() ? "batch" : more.back());
+    more.insert(more.end(), {"--compress", "lsh", "--codec-on-self", "--aux-loss-coeff", "0.01"});
+    const TrainOptions o = options(more);
+    const Course first = train_steps(o, groups), second = train_steps(o, groups);
+    expect_equal_losses(first, second, 0);
+    for (std::size_t i = 0; i < first.steps.size(); ++i) {
+      EXPECT_EQ(first.steps[i].bytes_sent, second.steps[i].bytes_sent);
+      EXPECT_EQ(first.steps[i].aux_loss, second.steps[i].aux_loss);
+    }
+    const bool learned = o.codec_state == "learned";
+    EXPECT_EQ(first.steps.back().codec_state_version, learned ? 5 : 0);  // steps 1, 2, 4, 8, 16
+    TrainOptions other = o;
+    other.seed = 1;
+    EXPECT_NE(train_steps(other, groups, 1).steps[0].loss, first.steps[0].loss);
   }
-  TrainOptions other = o;
-  other.seed = 1;
-  EXPECT_NE(train_steps(other, groups, 1).steps[0].loss, first.steps[0].loss);
+}
+
+TEST(Trainer, RanksHoldEqualStates) {
+  const int ep_size = world()->size() == 4 ? 2 : world()->size();  // replicas learn on their own
+  const ExpertGroups groups = make_expert_groups(world(), ep_size);
+  const Sequences data;
+  for (const char* transform : {"channels", "basis"}) {
+    Trainer trainer = make_trainer(options({"--compress", "lsh", "--codec-state", "learned",
+                                            "--transform", transform, "--codec-on-self"}),
+                                   groups, data);
+    std::map<Direction, std::uint32_t> last;
+    std::int64_t fits = 0;
+    for (int step = 1; step <= 8; ++step) {
+      (void)trainer.step(/*stop=*/false);
+      const bool due = step == 1 || step == 2 || step == 4 || step == 8;
+      fits += due ? 1 : 0;
+      for (const Direction direction :
+           {Direction::dispatch, Direction::combine, Direction::combine_backward,
+            Direction::dispatch_backward}) {
+        SCOPED_TRACE(::testing::Message()
+                     << transform << ", step " << step << ", " << name_of(direction));
+        const std::vector<StateStats> layers = trainer.state_stats(direction);
+        EXPECT_EQ(layers.size(), 1U);
+        const StateStats state = layers.at(0);
+        EXPECT_EQ(state.version, fits);
+        EXPECT_EQ(state.checksum != last[direction], due);
+        last[direction] = state.checksum;
+        for (const auto other : all_gather(*groups.expert, state.checksum, Purpose::control))
+          EXPECT_EQ(other, state.checksum);
+      }
+    }
+  }
 }
 
 TEST(Trainer, ReportsWhatWentOverTheWire) {
@@ -223,13 +278,8 @@ TEST(Trainer, ReportsWhatWentOverTheWire) {
   Trainer trainer =
       make_trainer(options({"--compress", "lsh", "--max-error", "0.05"}), groups, data);
   const auto exchanged = [&] {
-    std::int64_t sum = 0;
-    for (const Purpose purpose : {Purpose::plan, Purpose::dispatch, Purpose::combine,
-                                  Purpose::combine_backward, Purpose::dispatch_backward}) {
-      sum += static_cast<std::int64_t>(groups.expert->traffic(purpose).bytes_sent);
-    }
-    world()->all_reduce(std::span(&sum, 1), ReduceOp::sum, Purpose::control);
-    return sum;
+    return bytes_of(groups, {Purpose::plan, Purpose::dispatch, Purpose::combine,
+                             Purpose::combine_backward, Purpose::dispatch_backward});
   };
   for (int i = 0; i < 5; ++i) {
     const std::int64_t before = exchanged();
@@ -250,6 +300,76 @@ TEST(Trainer, ReportsWhatWentOverTheWire) {
     EXPECT_GT(report.bytes_raw, 0);
     EXPECT_LE(report.bytes_raw, 4.0 * 2 * 16 * kGlobalBatch * kSeqLen * 2);
     EXPECT_EQ(std::fmod(report.bytes_raw, 4.0 * 2 * 16), 0.0);
+  }
+}
+
+TEST(Trainer, CountsWhatLearnedStateCosts) {
+  const ExpertGroups groups = make_expert_groups(world());
+  const Sequences data;
+  Trainer trainer =
+      make_trainer(options({"--compress", "lsh", "--codec-state", "learned"}), groups, data);
+  const std::vector<Purpose> exchanges = {Purpose::plan, Purpose::dispatch, Purpose::combine,
+                                          Purpose::combine_backward, Purpose::dispatch_backward};
+  std::int64_t states_before = 0;
+  for (int step = 1; step <= 5; ++step) {
+    SCOPED_TRACE(step);
+    const std::int64_t before = bytes_of(groups, exchanges);
+    const StepReport report = trainer.step(/*stop=*/false);
+    const std::int64_t states = bytes_of(groups, {Purpose::codec_state});
+    EXPECT_EQ(static_cast<std::int64_t>(report.codec_state_bytes), states - states_before);
+    EXPECT_EQ(static_cast<std::int64_t>(report.bytes_sent),
+              bytes_of(groups, exchanges) - before + states - states_before);
+    states_before = states;
+    const bool due = (step == 1 || step == 2 || step == 4) && world()->size() > 1;
+    EXPECT_EQ(report.codec_state_bytes > 0, due);
+    EXPECT_GE(report.seconds.codec_state, 0.0);
+    EXPECT_LE(report.seconds.codec_state, report.seconds.codec);
+    // The codebook's floats of four directions, at least: a mean of 16 channels.
+    if (world()->size() > 1) EXPECT_GT(report.codec_state_memory, 4 * 4 * 16);
+  }
+  // The same by the codecs' own account.
+  double sums[2] = {0, 0};  // bytes, seconds
+  for (const Direction direction : {Direction::dispatch, Direction::combine,
+                                    Direction::combine_backward, Direction::dispatch_backward}) {
+    for (const StateStats& state : trainer.state_stats(direction)) {
+      sums[0] += static_cast<double>(state.bytes_sent);
+      sums[1] += state.seconds;
+      if (world()->size() > 1) {
+        EXPECT_EQ(state.version, 3);
+        EXPECT_GT(state.state_bytes, 0);
+        EXPECT_GT(state.seconds, 0.0);
+      }
+    }
+  }
+  world()->all_reduce(std::span(sums), ReduceOp::sum, Purpose::control);
+  EXPECT_EQ(static_cast<std::int64_t>(sums[0]), states_before);
+  EXPECT_GE(sums[1], 0.0);
+}
+
+// At step 1 all kinds send the same rows; only what a row takes differs.
+TEST(Trainer, FormatsSendTheirBytes) {
+  const ExpertGroups groups = make_expert_groups(world());
+  const auto first_step = [&](const char* kind, const char* rounding) {
+    return train_steps(
+               options({"--hidden-size", "136", "--compress", kind, "--rounding", rounding}),
+               groups, 1)
+        .steps[0];
+  };
+  const StepReport plain = first_step("none", "nearest");
+  const double rows = plain.bytes_raw / (2 * 136);
+  const std::pair<const char*, int> row_bytes[] = {
+      {"fp8", 136 + 2 * 4},       // an fp32 scale per 128 elements
+      {"int8", 136 + 4},          // an fp32 scale a row
+      {"int4", 136 / 2 + 2 * 2},  // a bf16 scale per 128 elements
+  };
+  for (const auto& [kind, bytes] : row_bytes) {
+    for (const char* rounding : {"nearest", "stochastic"}) {
+      const StepReport coded = first_step(kind, rounding);
+      EXPECT_EQ(coded.bytes_raw, plain.bytes_raw);
+      EXPECT_EQ(plain.bytes_sent - coded.bytes_sent, rows * (4 * 136 - bytes))
+          << kind << " " << rounding;
+      EXPECT_EQ(coded.max_relative_error > 0, world()->size() > 1);
+    }
   }
 }
 
@@ -302,7 +422,16 @@ TEST(Trainer, EveryOptionTrains) {
       {"--capacity-factor", "0.75", "--drop-policy", "position"},
       {"--dtype", "bf16", "--compress", "lsh"},
       {"--compress", "bf16"},
+      {"--compress", "fp8"},
+      {"--compress", "fp8", "--rounding", "stochastic"},
+      {"--compress", "int8"},
+      {"--compress", "int8", "--rounding-backward", "stochastic"},
+      {"--compress", "int4"},
+      {"--compress", "int4", "--rounding", "stochastic"},
+      {"--compress", "lsh", "--codec-state", "learned"},
+      {"--compress", "lsh", "--codec-state", "learned", "--transform", "basis"},
       {"--compress", "lsh", "--restore", "source"},
+      {"--compress", "lsh", "--restore", "source", "--refine", "0", "--estimate-alpha"},
       {"--compress", "lsh", "--compress-backward", "bf16", "--error-reference", "group"},
       {"--compress", "lsh", "--max-clusters", "0", "--max-error-backward", "0.3"},
       {"--compress", "lsh", "--codec-on-self"},

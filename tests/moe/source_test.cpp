@@ -165,6 +165,24 @@ INSTANTIATE_TEST_SUITE_P(
                       SourceCase{64, source().estimate_alpha(true).refine(1).max_clusters(5), true},
                       SourceCase{5, source().alpha(1).estimate_alpha(true), true}));
 
+TEST(Refine, BringsTokensNearerToTheirCentroids) {
+  const Routed r = routed(300);
+  const auto expert = [](const at::Tensor& x, int64_t) { return x; };
+  std::vector<DirectionStats> by_passes;
+  for (const int64_t refine : {0, 1, 3}) {
+    const Outcome got = run(DispatcherOptions(kHidden, kExperts)
+                                .codec(source().projection(kHidden).refine(refine))
+                                .codec_on_self(true),
+                            r, expert);
+    by_passes.push_back((*got.stats)[Direction::dispatch]);
+  }
+  // From the same seeds: no more clusters, and a smaller error.
+  for (std::size_t i = 1; i < by_passes.size(); ++i) {
+    EXPECT_LE(by_passes[i].clusters, by_passes[i - 1].clusters);
+    EXPECT_LT(by_passes[i].mean_relative_error, 0.99 * by_passes[i - 1].mean_relative_error);
+  }
+}
+
 TEST(EstimatedAlpha, OfExpertsThatScaleIsTheScale) {
   const Routed r = routed(100);
   const auto expert = [](const at::Tensor& x, int64_t e) {
