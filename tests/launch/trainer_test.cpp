@@ -219,7 +219,7 @@ TEST(Trainer, SameSeedSameBits) {
   const std::vector<std::vector<const char*>> cases = {
       {},
       {"--codec-state", "learned"},
-      {"--codec-state", "learned", "--transform", "basis", "--rounding-backward", "stochastic"},
+      {"--codec-state", "learned", "--transform", "basis"},
       {"--restore", "source", "--estimate-alpha"},
   };
   for (std::vector<const char*> more : cases) {
