@@ -26,16 +26,6 @@
 namespace lshmoe {
 namespace {
 
-// Flags of a parcel of kind lsh_expert.
-constexpr std::uint8_t kAllWhole = 1;   // the body is the rows as they are
-constexpr std::uint8_t kHasMean = 2;    // the shared part has the group's mean
-constexpr std::uint8_t kHasOrder = 4;   // ... the channel order
-constexpr std::uint8_t kGroupStep = 8;  // ... one step (reference group); rows have fractions of it
-constexpr std::uint8_t kBasis = 16;     // coefficients in the learned state's basis
-constexpr std::uint8_t kDither = 32;    // the shared part has the key of a dither
-
-// bf16 rows cannot be rebuilt to less than about half a unit in their last place.
-constexpr double kLeastErrorBfloat16 = 0.004;
 // Relative errors of what rows are taken from; their own error does not add, so coarse is cheap.
 constexpr double kMeanError = 0.05;
 constexpr double kCentroidError = 0.1;
@@ -142,15 +132,13 @@ std::vector<float> code_base_row(RowCoder<float>& coder, const float* row, const
 }
 
 template <class T>
-class LshCodec final : public CpuCodec {
+class LshCodec final : public CpuCodec, public HasLearnedStates {
  public:
   LshCodec(const CodecOptions& options, const CodecContext& context)
       : CpuCodec(options, context),
         source_(sends_centroids(options)),
-        by_group_(options.error_reference() == "group"),
-        whole_(!source_ &&
-               (options.max_error() == 0 ||
-                (context.dtype == at::kBFloat16 && options.max_error() < kLeastErrorBfloat16))),
+        by_group_(bounds_by_group(options, context)),
+        whole_(sends_whole(options, context)),
         learned_(!source_ && !whole_ && options.state() == "learned"),
         dither_key_(options.rounding() == "dithered" ? std::optional(static_cast<std::uint32_t>(
                                                            noise_stream(options.seed(), context)))
@@ -217,6 +205,8 @@ class LshCodec final : public CpuCodec {
         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     return size > 0;
   }
+
+  [[nodiscard]] LearnedStates learned_states() const override { return {current_, previous_}; }
 
   [[nodiscard]] StateStats state_stats() const override {
     StateStats stats = state_stats_;
@@ -1051,6 +1041,19 @@ class LshCodec final : public CpuCodec {
 };
 
 }  // namespace
+
+bool bounds_by_group(const CodecOptions& options, const CodecContext& context) {
+  return options.error_reference().empty() ? context.direction == Direction::combine
+                                           : options.error_reference() == "group";
+}
+
+bool sends_whole(const CodecOptions& options, const CodecContext& context) {
+  // bf16 rows cannot be rebuilt to less than about half a unit in their last place.
+  constexpr double kLeastErrorBfloat16 = 0.004;
+  return !sends_centroids(options) &&
+         (options.max_error() == 0 ||
+          (context.dtype == at::kBFloat16 && options.max_error() < kLeastErrorBfloat16));
+}
 
 std::vector<float> projection_matrix(const CodecOptions& options, std::int64_t hidden_size,
                                      std::int64_t layer) {

@@ -9,6 +9,31 @@
 
 namespace lshmoe {
 
+// Flags of a parcel of kind lsh_expert.
+inline constexpr std::uint8_t kAllWhole = 1;  // the body is the rows as they are
+inline constexpr std::uint8_t kHasMean = 2;   // the shared part has the group's mean
+inline constexpr std::uint8_t kHasOrder = 4;  // ... the channel order
+inline constexpr std::uint8_t kGroupStep =
+    8;  // ... one step (reference group); rows have fractions of it
+inline constexpr std::uint8_t kBasis = 16;  // coefficients in the learned state's basis
+
+/// True where the error bound is that of the group, not of the row.
+[[nodiscard]] bool bounds_by_group(const CodecOptions& options, const CodecContext& context);
+/// True where all rows travel as they are.
+[[nodiscard]] bool sends_whole(const CodecOptions& options, const CodecContext& context);
+
+struct LearnedState;
+/// The states that a codec of state=learned codes against, and that it still decodes; null: none.
+struct LearnedStates {
+  std::shared_ptr<const LearnedState> current, previous;
+};
+/// What codecs of kind lsh are besides.
+class HasLearnedStates {
+ public:
+  virtual ~HasLearnedStates() = default;
+  [[nodiscard]] virtual LearnedStates learned_states() const = 0;
+};
+
 /// For kind lsh, both kinds of restore. Local.
 [[nodiscard]] std::shared_ptr<Codec> make_lsh_codec(const CodecOptions& options,
                                                     const CodecContext& context);

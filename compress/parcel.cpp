@@ -14,7 +14,6 @@ static_assert(std::endian::native == std::endian::little, "parcels are little-en
 
 constexpr std::uint32_t kMagic = 0x5048534C;  // "LSHP"
 constexpr std::uint8_t kFormat = 1;
-constexpr std::size_t kChecksumOffset = 36;
 
 template <class T>
 void put(std::uint8_t* at, T value) {
@@ -54,28 +53,29 @@ constexpr const char* kDamaged =
     "check that all ranks run the same build with the same options";
 }  // namespace
 
-void seal_parcel(const ParcelHeader& header, std::span<std::uint8_t> parcel) {
-  LSHMOE_ASSERT(parcel.size() == ParcelHeader::kBytes + header.shared_bytes + header.body_bytes);
-  std::uint8_t* at = parcel.data();
-  put(at, kMagic);
-  put(at + 4, kFormat);
-  put(at + 5, header.kind);
-  put(at + 6, dtype_code(header.dtype));
-  put(at + 7, header.flags);
-  put(at + 8, header.rows);
-  put(at + 12, header.hidden_size);
-  put(at + 16, header.centroids);
-  put(at + 20, header.state_version);
-  put(at + 24, header.body_bytes);
-  put(at + 32, header.shared_bytes);
-  put(at + kChecksumOffset, parcel_checksum(parcel));
+std::uint32_t write_header(const ParcelHeader& header, std::uint8_t* out) {
+  put(out, kMagic);
+  put(out + 4, kFormat);
+  put(out + 5, header.kind);
+  put(out + 6, dtype_code(header.dtype));
+  put(out + 7, header.flags);
+  put(out + 8, header.rows);
+  put(out + 12, header.hidden_size);
+  put(out + 16, header.centroids);
+  put(out + 20, header.state_version);
+  put(out + 24, header.body_bytes);
+  put(out + 32, header.shared_bytes);
+  return kernels::checksum(out, kChecksumOffset);
 }
 
-Parcel open_parcel(std::span<const std::uint8_t> bytes, ParcelKind kind, at::ScalarType dtype,
-                   std::int64_t hidden_size) {
-  LSHMOE_VALIDATE(bytes.size() >= ParcelHeader::kBytes, "a parcel of ", bytes.size(),
-                  " bytes is shorter than its header of ", ParcelHeader::kBytes, kDamaged);
-  const std::uint8_t* at = bytes.data();
+void seal_parcel(const ParcelHeader& header, std::span<std::uint8_t> parcel) {
+  LSHMOE_ASSERT(parcel.size() == ParcelHeader::kBytes + header.shared_bytes + header.body_bytes);
+  write_header(header, parcel.data());
+  put(parcel.data() + kChecksumOffset, parcel_checksum(parcel));
+}
+
+ParcelHeader read_header(const std::uint8_t* at, std::size_t size, ParcelKind kind,
+                         at::ScalarType dtype, std::int64_t hidden_size) {
   LSHMOE_VALIDATE(get<std::uint32_t>(at) == kMagic, "a parcel does not start with its magic number",
                   kDamaged);
   LSHMOE_VALIDATE(get<std::uint8_t>(at + 4) == kFormat, "a parcel has format ",
@@ -86,8 +86,7 @@ Parcel open_parcel(std::span<const std::uint8_t> bytes, ParcelKind kind, at::Sca
   LSHMOE_VALIDATE(get<std::uint8_t>(at + 6) == dtype_code(dtype), "a parcel has dtype code ",
                   int{get<std::uint8_t>(at + 6)}, ", expected ", int{dtype_code(dtype)}, kDamaged);
 
-  Parcel parcel;
-  ParcelHeader& header = parcel.header;
+  ParcelHeader header;
   header.kind = kind;
   header.dtype = dtype;
   header.flags = get<std::uint8_t>(at + 7);
@@ -104,14 +103,31 @@ Parcel open_parcel(std::span<const std::uint8_t> bytes, ParcelKind kind, at::Sca
   LSHMOE_VALIDATE(header.state_version == 0 || kind == ParcelKind::lsh_expert,
                   "a parcel of a kind without learned state names version ", header.state_version,
                   kDamaged);
-  const std::uint64_t rest = bytes.size() - ParcelHeader::kBytes;
+  const std::uint64_t rest = size - ParcelHeader::kBytes;
   LSHMOE_VALIDATE(header.shared_bytes <= rest && header.body_bytes == rest - header.shared_bytes,
-                  "a parcel of ", bytes.size(), " bytes says it has ", header.shared_bytes, " + ",
+                  "a parcel of ", size, " bytes says it has ", header.shared_bytes, " + ",
                   header.body_bytes, " after its header", kDamaged);
-  LSHMOE_VALIDATE(get<std::uint32_t>(at + kChecksumOffset) == parcel_checksum(bytes),
+  return header;
+}
+
+void check_checksum(const std::uint8_t* head, std::uint32_t computed) {
+  LSHMOE_VALIDATE(get<std::uint32_t>(head + kChecksumOffset) == computed,
                   "a parcel's checksum is wrong", kDamaged);
-  parcel.shared = bytes.subspan(ParcelHeader::kBytes, header.shared_bytes);
-  parcel.body = bytes.subspan(ParcelHeader::kBytes + header.shared_bytes);
+}
+
+void check_has_header(std::size_t size) {
+  LSHMOE_VALIDATE(size >= ParcelHeader::kBytes, "a parcel of ", size,
+                  " bytes is shorter than its header of ", ParcelHeader::kBytes, kDamaged);
+}
+
+Parcel open_parcel(std::span<const std::uint8_t> bytes, ParcelKind kind, at::ScalarType dtype,
+                   std::int64_t hidden_size) {
+  check_has_header(bytes.size());
+  Parcel parcel;
+  parcel.header = read_header(bytes.data(), bytes.size(), kind, dtype, hidden_size);
+  check_checksum(bytes.data(), parcel_checksum(bytes));
+  parcel.shared = bytes.subspan(ParcelHeader::kBytes, parcel.header.shared_bytes);
+  parcel.body = bytes.subspan(ParcelHeader::kBytes + parcel.header.shared_bytes);
   return parcel;
 }
 

@@ -54,6 +54,21 @@ struct Parcel {
   std::span<const std::uint8_t> body;
 };
 
+/// Writes a header, all but its checksum, to kBytes at `out`; returns the checksum's seed for what
+/// follows.
+std::uint32_t write_header(const ParcelHeader& header, std::uint8_t* out);
+/// Where the checksum is in a header.
+inline constexpr std::size_t kChecksumOffset = 36;
+
+/// Checks all but the checksum of a header of kBytes, of a parcel of `size` bytes, as open_parcel
+/// does.
+[[nodiscard]] ParcelHeader read_header(const std::uint8_t* head, std::size_t size, ParcelKind kind,
+                                       at::ScalarType dtype, std::int64_t hidden_size);
+/// Throws InvalidArgument for a parcel of fewer bytes than a header.
+void check_has_header(std::size_t size);
+/// Throws InvalidArgument for a checksum other than the header's.
+void check_checksum(const std::uint8_t* head, std::uint32_t computed);
+
 /// Writes the header over the first kBytes of `parcel` (header, shared part and body in place; the
 /// lengths of `header` must sum to its size) and its checksum.
 void seal_parcel(const ParcelHeader& header, std::span<std::uint8_t> parcel);

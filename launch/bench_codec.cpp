@@ -19,6 +19,7 @@
 #include "lshmoe/comm/self/self.hpp"
 #include "lshmoe/compress/codec.hpp"
 #include "lshmoe/compress/phases.hpp"
+#include "lshmoe/kernels/cuda/grid.hpp"
 #include "lshmoe/launch/bench_formats.hpp"
 #include "lshmoe/launch/npy.hpp"
 #include "lshmoe/launch/plot.hpp"
@@ -39,6 +40,8 @@ struct BenchOptions {
   int64_t first_row = 0, fit_rows = 0, synthetic_rows = 0, hidden_size = 0, group_rows = 0,
           repeat = 0;
   bool phases = false;
+  string device;
+  int num_sms = 0;
   // Every combination that makes sense is one row of the table.
   std::vector<string> kinds, states, restores, references, transforms;
   std::vector<double> max_errors, rates;
@@ -76,7 +79,7 @@ struct Case {
 using Phases = std::vector<std::pair<Phase, PhaseCost>>;
 
 struct Result {
-  int64_t bytes = 0, clusters = 0, state_bytes = 0;
+  int64_t bytes = 0, clusters = 0, state_bytes = 0, staged_bytes = 0;
   double mean_error = 0, p99_error = 0, max_error_seen = 0;
   // Of all rows; not known for what only makes a round trip.
   std::optional<double> encode_seconds, decode_seconds;
@@ -114,6 +117,7 @@ Rows split_rows(const BenchOptions& o) {
                   all.size(0),
                   " rows leaves none to measure (what is measured is the rest): give "
                   "fewer");
+  all = all.to(at::Device(o.device));
   Rows rows{all.slice(0, 0, o.fit_rows), all.slice(0, o.fit_rows), {}};
   for (int64_t left = rows.x.size(0); left > 0; left -= o.group_rows) {
     rows.groups.push_back(std::min(left, o.group_rows));
@@ -216,9 +220,19 @@ std::vector<Case> make_cases(const BenchOptions& o) {
   return cases;
 }
 
-/// Runs `part` and returns its seconds.
+/// Runs `part` and returns its seconds. On a GPU: between two events around it on the stream.
 template <class Part>
-double time(Part part) {
+double time(Part part, at::Device device = at::kCPU) {
+  if (!device.is_cpu()) {
+    const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+    c10::Event begin(device.type(), c10::EventFlag::BACKEND_DEFAULT);
+    c10::Event end(device.type(), c10::EventFlag::BACKEND_DEFAULT);
+    begin.record(stream);
+    part();
+    end.record(stream);
+    end.synchronize();
+    return 1e-3 * begin.elapsedTime(end);
+  }
   const auto start = std::chrono::steady_clock::now();
   part();
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -232,8 +246,8 @@ double median(std::vector<double> values) {
 
 /// Errors of the rows received, relative to each row's norm or to the rms norm of its group.
 void set_errors(Result& result, const Rows& rows, const at::Tensor& received, bool by_group) {
-  const at::Tensor exact = rows.x.to(at::kDouble);
-  const at::Tensor error = at::linalg_vector_norm(received.to(at::kDouble) - exact, 2, {1});
+  const at::Tensor exact = rows.x.cpu().to(at::kDouble);
+  const at::Tensor error = at::linalg_vector_norm(received.cpu().to(at::kDouble) - exact, 2, {1});
   at::Tensor reference = at::linalg_vector_norm(exact, 2, {1});
   if (by_group) {
     std::vector<at::Tensor> groups;
@@ -292,6 +306,7 @@ Result measure_codec(const Case& c, const Rows& rows, int64_t repeat, bool phase
   CodecContext context;
   context.hidden_size = rows.x.size(1);
   context.dtype = rows.x.scalar_type();
+  context.device = rows.x.device();
   const auto codec = make_codec(c.codec, context);
   codec->observe(rows.fit, {});
   codec->refresh(*make_self_communicator());
@@ -299,9 +314,10 @@ Result measure_codec(const Case& c, const Rows& rows, int64_t repeat, bool phase
   Decoded decoded;
   std::vector<double> encode_seconds, decode_seconds;
   for (int64_t i = -1; i < repeat; ++i) {  // the first one warms up
-    const double encoding = time([&] { encoded = codec->encode(rows.x, rows.groups); });
-    const double decoding =
-        time([&] { decoded = codec->decode(encoded.bytes, encoded.bytes_per_group); });
+    const double encoding =
+        time([&] { encoded = codec->encode(rows.x, rows.groups); }, context.device);
+    const double decoding = time(
+        [&] { decoded = codec->decode(encoded.bytes, encoded.bytes_per_group); }, context.device);
     if (i < 0) continue;
     encode_seconds.push_back(encoding);
     decode_seconds.push_back(decoding);
@@ -310,6 +326,7 @@ Result measure_codec(const Case& c, const Rows& rows, int64_t repeat, bool phase
   result.bytes = encoded.bytes.numel();
   result.clusters = encoded.stats.clusters;
   result.state_bytes = codec->state_stats().state_bytes;
+  result.staged_bytes = encoded.stats.staged_bytes;
   result.encode_seconds = median(encode_seconds);
   result.decode_seconds = median(decode_seconds);
   if (phases) {
@@ -329,7 +346,7 @@ Result measure_codec(const Case& c, const Rows& rows, int64_t repeat, bool phase
 Result measure_format(const Case& c, const Rows& rows) {
   Result result;
   std::vector<at::Tensor> received;
-  for (const at::Tensor& group : rows.x.split_with_sizes(rows.groups)) {
+  for (const at::Tensor& group : rows.x.cpu().split_with_sizes(rows.groups)) {
     const RoundTrip trip = round_trip(c.kind, group, c.rate.value_or(0));
     received.push_back(trip.rows);
     result.bytes += trip.bytes + static_cast<int64_t>(ParcelHeader::kBytes);
@@ -367,7 +384,8 @@ struct Line {
   PlotPoint point;
 };
 
-Line report(const Case& c, const Result& result, const Rows& rows, const Result& fp8) {
+Line report(const Case& c, const Result& result, const Rows& rows, const Result& fp8,
+            double bandwidth) {
   const double bits = bits_of(result, rows);
   const double megabytes = 1e-6 * static_cast<double>(rows.x.nbytes());
   const auto speed = [&](const std::optional<double>& seconds) {
@@ -404,6 +422,14 @@ Line report(const Case& c, const Result& result, const Rows& rows, const Result&
       std::ceil(100.0 * static_cast<double>(result.state_bytes) /
                 (static_cast<double>(result.bytes) / static_cast<double>(rows.x.size(0))));
   json["clusters"] = result.clusters;
+  if (!rows.x.is_cpu() && result.encode_seconds) {
+    // Rows read and bytes written, once each, and the other way round, beside a copy's.
+    const double moved = static_cast<double>(rows.x.nbytes()) + static_cast<double>(result.bytes);
+    json["device"] = rows.x.device().str();
+    json["staged_bytes"] = result.staged_bytes;
+    json["encode_of_copy"] = moved / *result.encode_seconds / bandwidth;
+    json["decode_of_copy"] = moved / *result.decode_seconds / bandwidth;
+  }
 
   const auto number = [](const std::optional<double>& value, const char* format) {
     char text[32] = "-";
@@ -418,12 +444,25 @@ Line report(const Case& c, const Result& result, const Rows& rows, const Result&
               number(speed(result.decode_seconds), "%.0f").c_str(),
               number(even_bf16, "%.1f").c_str(), fp8_text.c_str(),
               static_cast<long long>(result.clusters), static_cast<long long>(result.state_bytes));
+  if (json.contains("encode_of_copy")) {
+    std::printf(
+        "  of the copy bandwidth: encode %.1f%%, decode %.1f%%; %lld bytes went through the host\n",
+        100 * json["encode_of_copy"].get<double>(), 100 * json["decode_of_copy"].get<double>(),
+        static_cast<long long>(result.staged_bytes));
+  }
   std::fflush(stdout);
   return line;
 }
 
-/// Bytes a second that memcpy reads and writes, beyond the caches.
-double copy_bandwidth() {
+/// Bytes a second that a copy reads and writes, beyond the caches.
+double copy_bandwidth(at::Device device) {
+  if (!device.is_cpu()) {
+    const at::Tensor from = at::zeros({int64_t{1} << 29}, at::dtype(at::kByte).device(device));
+    at::Tensor to = at::empty_like(from);
+    std::vector<double> seconds;
+    for (int i = 0; i < 9; ++i) seconds.push_back(time([&] { to.copy_(from); }, device));
+    return 2 * static_cast<double>(from.nbytes()) / median(seconds);
+  }
   std::vector<char> from(std::size_t{64} << 20, 1), to(from.size());
   std::vector<double> seconds;
   for (int i = 0; i < 9; ++i) {
@@ -509,6 +548,10 @@ void add_options(OptionParser& parser, BenchOptions& o) {
           "hash-dim", po::value(&o.hash_dim)->default_value(8), "lsh: dimension of each")(
           "rate", list<double>(o.rates, {0.2}, "0.2"),
           "drop, kmeans: share of the rows, or centroids a row");
+  parser.group("Device").add_options()("device", po::value(&o.device)->default_value("cpu"),
+                                       "cpu or cuda: where the rows are")(
+      "num-sms", po::value(&o.num_sms)->default_value(0),
+      "cuda: multiprocessors that the codec's kernels may fill (8 blocks each); 0: all");
   parser.group("Output").add_options()("json", po::value(&o.json)->value_name("FILE"),
                                        "one object a line for each row of the table")(
       "plot", po::value(&o.plot)->value_name("FILE.svg"),
@@ -527,6 +570,14 @@ void check(BenchOptions& o) {
   for (const double rate : o.rates) {
     LSHMOE_VALIDATE(rate > 0 && rate <= 1, "--rate ", rate, " must be above 0 and at most 1");
   }
+  LSHMOE_VALIDATE(o.device == "cpu" || o.device == "cuda", "unknown device '", o.device,
+                  "': use --device cpu or cuda");
+  LSHMOE_VALIDATE(o.device == "cpu" || (at::hasCUDA() && at::globalContext().getNumGPUs() > 0),
+                  "--device cuda, but no GPU was found: use --device cpu");
+  LSHMOE_VALIDATE(o.device == "cpu" || !o.phases, "--phases is for --device cpu");
+  LSHMOE_VALIDATE(o.num_sms >= 0 && (o.num_sms == 0 || o.device == "cuda"), "--num-sms ", o.num_sms,
+                  " is for --device cuda: give 1 or more there, or leave it out");
+  if (o.num_sms > 0) kernels::cuda::set_grid_limit(8 * o.num_sms);
   const std::vector<string> own{"none", "bf16", "fp8", "int8", "int4", "lsh"};
   const std::vector<string>& others = bench_format_names();
   if (std::find(o.kinds.begin(), o.kinds.end(), "all") != o.kinds.end()) {
@@ -563,15 +614,16 @@ void bench_codec(int argc, const char* const* argv) {
   fp8.kind = "fp8";
   fp8.codec.kind("fp8");
   const Result fp8_result = measure_codec(fp8, rows, o.repeat, o.phases);
-  const double bandwidth = o.phases ? copy_bandwidth() : 0;
-  if (o.phases) std::printf("memcpy reads and writes %.1f GB/s\n", 1e-9 * bandwidth);
+  const bool measured = o.phases || o.device == "cuda";
+  const double bandwidth = measured ? copy_bandwidth(rows.x.device()) : 0;
+  if (measured) std::printf("a copy reads and writes %.1f GB/s\n", 1e-9 * bandwidth);
   string json;
   std::vector<PlotSeries> series;
   for (const Case& c : cases) {
     const Result result = c.kind == "fp8"  ? fp8_result
                           : c.is_library() ? measure_codec(c, rows, o.repeat, o.phases)
                                            : measure_format(c, rows);
-    Line line = report(c, result, rows, fp8_result);
+    Line line = report(c, result, rows, fp8_result, bandwidth);
     if (!result.encode_phases.empty()) {
       line.json["phases"] = report_phases(result, rows, bandwidth);
     }

@@ -13,12 +13,13 @@ void check_index(std::int64_t* bad, const std::int64_t* index, std::int64_t rows
 }
 
 void row_totals(RowTotals* totals, std::int64_t* offset, const CodedGroup* groups,
-                std::int64_t group_count, const std::int64_t* number, std::int64_t numbers,
-                const std::int64_t* payload_bytes, const std::uint8_t* whole, const double* squared,
-                const double* bound, const double* error, Stream stream) {
+                std::int64_t group_count, const CodedGroup* coded, std::int64_t coded_count,
+                const std::int64_t* number, std::int64_t numbers, const std::int64_t* payload_bytes,
+                const std::uint8_t* whole, const double* squared, const double* bound,
+                const double* error, Stream stream) {
   launch("row_totals", row_totals_kernel<kBlock>, grid_for(group_count, 1), kBlock, 0, stream,
-         totals, offset, groups, group_count, number, numbers, payload_bytes, whole, squared, bound,
-         error);
+         totals, offset, groups, group_count, coded, coded_count, number, numbers, payload_bytes,
+         whole, squared, bound, error);
 }
 
 template <class T>

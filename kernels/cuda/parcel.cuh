@@ -38,7 +38,8 @@ __device__ V block_best(V value, Better better) {
 /// A block a group; sums in the lanes of 128 threads.
 template <int kThreads>
 __global__ void row_totals_kernel(RowTotals* totals, std::int64_t* offset, const CodedGroup* groups,
-                                  std::int64_t group_count, const std::int64_t* number,
+                                  std::int64_t group_count, const CodedGroup* coded,
+                                  std::int64_t coded_count, const std::int64_t* number,
                                   std::int64_t numbers, const std::int64_t* payload_bytes,
                                   const std::uint8_t* whole, const double* squared,
                                   const double* bound, const double* error) {
@@ -82,7 +83,9 @@ __global__ void row_totals_kernel(RowTotals* totals, std::int64_t* offset, const
       out.relative_sum = relative_sum;
       out.relative_max = relative_max;
       out.ratio_max = ratio_max;
-      out.step = groups[g].step;
+      const CodedGroup& as_coded = coded[coded_count == 1 ? 0 : g];
+      out.step = as_coded.step;
+      out.id_bytes = as_coded.id_bytes;
       out.bad_row = bad < first + rows ? bad : -1;
     }
   }

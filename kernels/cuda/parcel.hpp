@@ -19,16 +19,19 @@ struct RowTotals {
   double relative_sum = 0;  ///< of |x - x'| / |x|
   double relative_max = 0;
   double ratio_max = 0;       ///< of |x - x'| / bound
-  float step = 0;             ///< the group's
+  float step = 0;             ///< the group's, as coded
+  std::int32_t id_bytes = 0;  ///< the same
   std::int64_t bad_row = -1;  ///< first row (of the stream) with NaN or Inf; -1: none
 };
 /// totals [group_count], and offset [rows]: the exclusive sums of the payload bytes within the
 /// group (null: not wanted). Row i of the stream is coded row number[i] (null: i; clamped). What is
-/// null of payload_bytes, whole, squared, bound and error counts as 0.
+/// null of payload_bytes, whole, squared, bound and error counts as 0. coded: the groups that the
+/// rows were coded in: these, or one for all.
 void row_totals(RowTotals* totals, std::int64_t* offset, const CodedGroup* groups,
-                std::int64_t group_count, const std::int64_t* number, std::int64_t numbers,
-                const std::int64_t* payload_bytes, const std::uint8_t* whole, const double* squared,
-                const double* bound, const double* error, Stream stream);
+                std::int64_t group_count, const CodedGroup* coded, std::int64_t coded_count,
+                const std::int64_t* number, std::int64_t numbers, const std::int64_t* payload_bytes,
+                const std::uint8_t* whole, const double* squared, const double* bound,
+                const double* error, Stream stream);
 
 /// Where a group's parcel is in the bytes of all, and how it is made. In device memory.
 struct ParcelPlace {

@@ -57,6 +57,12 @@ void estimate_rows(std::int64_t* bits, const RowsOf<T>& rows, std::int64_t strid
   });
 }
 
+void choose_ids(CodedGroup* group, const std::int64_t* with, const std::int64_t* without,
+                std::int64_t samples, Stream stream) {
+  launch("choose_ids", choose_ids_kernel<32>, dim3(1), 32, 0, stream, group, with, without,
+         samples);
+}
+
 void record_sizes(std::int64_t* payload_bytes, std::int64_t* bad, const CodedGroup* groups,
                   std::int64_t group_count, std::int64_t rows, std::int64_t hidden,
                   std::size_t element_bytes, Stream stream) {

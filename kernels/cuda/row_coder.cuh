@@ -281,7 +281,7 @@ __device__ void write_record(std::uint8_t* record, const StepCode& steps, std::u
 }
 
 template <class T, int kThreads>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     encode_rows_kernel(CodedRows out, RowsOf<T> rows, const CodedGroup* groups,
                        std::int64_t group_count, const double* squared, const double* bounds,
                        const std::int32_t* ids) {
@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, int kThreads>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     estimate_rows_kernel(std::int64_t* bits, RowsOf<T> rows, std::int64_t stride,
                          const CodedGroup* groups, const double* bounds, const std::int32_t* ids,
                          const std::int32_t* count_order) {
@@ -394,6 +394,14 @@ __global__ void __launch_bounds__(kThreads)
       atomicAdd(reinterpret_cast<unsigned long long*>(bits + 1),
                 static_cast<unsigned long long>(ordered));
     }
+  }
+}
+
+template <int kThreads>
+__global__ void choose_ids_kernel(CodedGroup* group, const std::int64_t* with,
+                                  const std::int64_t* without, std::int64_t samples) {
+  if (threadIdx.x == 0 && !(with[0] + samples * 8 * group->id_bytes < without[0])) {
+    group->id_bytes = 0;
   }
 }
 
@@ -465,7 +473,7 @@ __global__ void record_sizes_kernel(std::int64_t* payload_bytes, std::int64_t* b
 }
 
 template <class T, int kThreads>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     decode_rows_kernel(T* out, const std::int64_t* index, std::int64_t out_rows, std::int64_t* bad,
                        const CodedGroup* groups, std::int64_t group_count,
                        const std::int64_t* offset, std::int64_t rows, std::int64_t hidden) {

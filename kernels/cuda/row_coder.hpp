@@ -75,6 +75,11 @@ void estimate_rows(std::int64_t* bits, const RowsOf<T>& rows, std::int64_t strid
                    const CodedGroup* group, const double* bound, const std::int32_t* id,
                    const std::int32_t* count_order, Stream stream);
 
+/// The group's ids are used only where they save bits: id_bytes = 0 unless with[0] + samples * 8 *
+/// id_bytes < without[0], bits of estimate_rows.
+void choose_ids(CodedGroup* group, const std::int64_t* with, const std::int64_t* without,
+                std::int64_t samples, Stream stream);
+
 /// Checks the records of all rows and writes payload_bytes [rows]. bad [kBadKinds] takes the least
 /// row with each fault.
 enum BadRow : int { kBadRecord, kBadId, kBadNumber, kBadKinds };

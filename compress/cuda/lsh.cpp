@@ -1,0 +1,530 @@
+// Kind lsh on a GPU.
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <mutex>
+
+#include "lshmoe/compress/cpu_codec.hpp"
+#include "lshmoe/compress/cuda/kinds.hpp"
+#include "lshmoe/compress/cuda/support.hpp"
+#include "lshmoe/compress/learned_state.hpp"
+#include "lshmoe/compress/lsh_codec.hpp"
+#include "lshmoe/compress/noise.hpp"
+#include "lshmoe/compress/state_coder.hpp"
+#include "lshmoe/kernels/cuda/lsh.hpp"
+#include "lshmoe/kernels/cuda/rows.hpp"
+#include "lshmoe/runtime/error.hpp"
+
+namespace lshmoe::cuda {
+namespace {
+
+/// A learned state in device memory.
+struct DeviceState {
+  std::uint32_t version = 0;
+  std::int64_t centroids = 0;
+  at::Tensor bases, order, place, mean_z, centroids_z, half_norms;
+};
+
+template <class T>
+class LshCodec final : public StagedCodec {
+ public:
+  LshCodec(const CodecOptions& options, const CodecContext& context)
+      : StagedCodec(options, context),
+        by_group_(bounds_by_group(options, context)),
+        whole_(sends_whole(options, context)),
+        on_gpu_(!sends_centroids(options) && context.hidden_size <= launchers::kMaxCodedHidden),
+        dither_{options.rounding() == "stochastic", noise_stream(options.seed(), context)} {}
+
+  using Codec::encode;
+  [[nodiscard]] Encoded encode(const at::Tensor& x, const at::Tensor& row_index,
+                               const std::vector<int64_t>& rows_per_group) const override {
+    const auto states = learned_states();
+    const bool learned = states.current && !states.current->basis.defined();
+    if (!on_gpu_ || (!whole_ && !learned)) {
+      return StagedCodec::encode(x, row_index, rows_per_group);
+    }
+    check_encode(context(), x, row_index, rows_per_group);
+    return encode_rows(x.contiguous(), row_index, rows_per_group,
+                       whole_ ? nullptr : states.current.get());
+  }
+
+  void decode_into(at::Tensor& out, const at::Tensor& row_index, const at::Tensor& bytes,
+                   const std::vector<int64_t>& bytes_per_group,
+                   const std::vector<int64_t>& rows_per_group) const override {
+    if (!on_gpu_) {
+      return StagedCodec::decode_into(out, row_index, bytes, bytes_per_group, rows_per_group);
+    }
+    check_decode(context(), out, row_index, bytes, bytes_per_group, rows_per_group);
+    const c10::DeviceGuard guard(bytes.device());
+    const Opened opened(bytes, bytes_per_group, ParcelKind::lsh_expert, context());
+    if (!decodes(opened)) {
+      return StagedCodec::decode_into(out, row_index, bytes, bytes_per_group, rows_per_group);
+    }
+    opened.check_rows(rows_per_group);
+    decode_opened(out, RowIndex(row_index, out.size(0), bytes.device(), "decode"), opened);
+  }
+
+  [[nodiscard]] Decoded decode(const at::Tensor& bytes,
+                               const std::vector<int64_t>& bytes_per_group) const override {
+    if (!on_gpu_) return StagedCodec::decode(bytes, bytes_per_group);
+    check_bytes(context(), bytes, bytes_per_group);
+    const c10::DeviceGuard guard(bytes.device());
+    const Opened opened(bytes, bytes_per_group, ParcelKind::lsh_expert, context());
+    if (!decodes(opened)) return StagedCodec::decode(bytes, bytes_per_group);
+    check_sizes(opened);
+    Decoded decoded;
+    decoded.rows_per_group = opened.rows_per_group();
+    decoded.rows = at::empty({opened.rows(), context().hidden_size},
+                             at::dtype(context().dtype).device(bytes.device()));
+    decode_opened(decoded.rows, RowIndex({}, opened.rows(), bytes.device(), "decode"), opened);
+    return decoded;
+  }
+
+  bool refresh(Communicator& comm) override {
+    const bool changed = StagedCodec::refresh(comm);
+    if (changed) std::swap(states_[0], states_[1]), states_[0] = {};
+    return changed;
+  }
+
+ private:
+  bool by_group_;
+  bool whole_;
+  bool on_gpu_;
+  launchers::Dither dither_;
+  // Made when first needed: the current state and the former.
+  mutable std::mutex mutex_;
+  mutable std::array<DeviceState, 2> states_;
+  mutable at::Tensor projection_;
+  mutable std::unique_ptr<launchers::Product> product_;
+
+  [[nodiscard]] LearnedStates learned_states() const {
+    return dynamic_cast<const HasLearnedStates&>(cpu()).learned_states();
+  }
+
+  DeviceState on_device(const LearnedState& state, at::Device device) const {
+    const std::lock_guard lock(mutex_);
+    for (const DeviceState& known : states_) {
+      if (known.version == state.version) return known;
+    }
+    DeviceState made;
+    made.version = state.version;
+    made.centroids = state.centroids;
+    made.bases = upload(state.ordered_bases, device);
+    if (!state.order.empty()) {
+      std::vector<std::int32_t> place(state.order.size());
+      for (std::size_t j = 0; j < place.size(); ++j) {
+        place[static_cast<std::size_t>(state.order[j])] = static_cast<std::int32_t>(j);
+      }
+      made.order = upload(state.order, device);
+      made.place = upload(place, device);
+    }
+    made.mean_z = upload(state.mean_z, device);
+    made.centroids_z = upload(state.centroids_z, device);
+    made.half_norms = room<float>(state.centroids, device);
+    launchers::half_norms(as<float>(made.half_norms), as<const float>(made.centroids_z),
+                          state.centroids, options().projection(), current_stream(device));
+    const bool current = learned_states().current.get() == &state;
+    return states_[current ? 0 : 1] = made;
+  }
+
+  // encode ---------------------------------------------------------------------------------------
+
+  // The ids of the rows' nearest centroids, int32.
+  at::Tensor nearest(const launchers::RowsOf<T>& rows, const DeviceState& state,
+                     at::Device device) const {
+    const std::int64_t columns = options().projection(), hidden = rows.hidden;
+    const launchers::Stream stream = current_stream(device);
+    const std::lock_guard lock(mutex_);
+    if (!product_) product_ = std::make_unique<launchers::Product>();
+    if (!projection_.defined()) {
+      projection_ = upload(projection_matrix(options(), hidden, context().layer), device);
+    }
+    // As fp32, some rows at a time. All of them in one product size, so that equal rows get equal
+    // ids in every call.
+    constexpr std::int64_t kChunk = 4096;
+    const at::Tensor z = room<float>(rows.rows * columns, device);
+    at::Tensor picked, wide;
+    const std::int64_t most = std::min(kChunk, rows.rows);
+    if (rows.index != nullptr) picked = room<T>(most * hidden, device);
+    if constexpr (sizeof(T) == 2) wide = room<float>(most * hidden, device);
+    for (std::int64_t first = 0; first < rows.rows; first += kChunk) {
+      const std::int64_t count = std::min(kChunk, rows.rows - first);
+      const T* from = rows.x + first * hidden;
+      if (rows.index != nullptr) {
+        launchers::gather_rows(as<T>(picked), rows.x, rows.index + first, count,
+                               static_cast<std::size_t>(hidden) * sizeof(T), stream);
+        from = as<const T>(picked);
+      }
+      const float* x = nullptr;
+      if constexpr (sizeof(T) == 2) {
+        launchers::convert(as<float>(wide), from, count * hidden, stream);
+        x = as<const float>(wide);
+      } else {
+        x = from;
+      }
+      (*product_)(as<float>(z) + first * columns, x, as<const float>(projection_), count, hidden,
+                  columns, stream);
+    }
+    at::Tensor ids = room<std::int32_t>(rows.rows, device);
+    launchers::nearest_centroid(as<std::int32_t>(ids), as<const float>(z),
+                                as<const float>(state.mean_z), as<const float>(state.centroids_z),
+                                as<const float>(state.half_norms), rows.rows, state.centroids,
+                                columns, stream);
+    return ids;
+  }
+
+  // Ids are used by the groups (each coded alone) that a sample says save bytes.
+  void choose_ids(launchers::CodedGroup* groups, const std::vector<launchers::CodedGroup>& list,
+                  const launchers::RowsOf<T>& rows, const double* bound, const std::int32_t* ids,
+                  at::Device device) const {
+    constexpr std::int64_t kSampleRows = 64;  // as StateCoder
+    const launchers::Stream stream = current_stream(device);
+    const at::Tensor bits =
+        at::zeros({static_cast<std::int64_t>(list.size()), 4}, at::dtype(at::kLong).device(device));
+    for (std::size_t g = 0; g < list.size(); ++g) {
+      const std::int64_t first = list[g].first, count = list[g].rows;
+      const std::int64_t stride = std::max<std::int64_t>(1, count / kSampleRows);
+      launchers::RowsOf<T> part = rows;
+      part.rows = count;
+      if (rows.index != nullptr) {
+        part.index += first;
+      } else {
+        part.x += first * rows.hidden;
+      }
+      auto* sums = as<std::int64_t>(bits) + 4 * g;
+      launchers::estimate_rows<T>(sums, part, stride, groups + g, bound + first, ids + first,
+                                  nullptr, stream);
+      launchers::estimate_rows<T>(sums + 2, part, stride, groups + g, bound + first, nullptr,
+                                  nullptr, stream);
+      launchers::choose_ids(groups + g, sums, sums + 2, (count + stride - 1) / stride, stream);
+    }
+  }
+
+  // state null: rows as they are.
+  Encoded encode_rows(const at::Tensor& x, const at::Tensor& row_index,
+                      const std::vector<int64_t>& rows_per_group, const LearnedState* state) const {
+    const at::Device device = x.device();
+    const c10::DeviceGuard guard(device);
+    const launchers::Stream stream = current_stream(device);
+    const std::int64_t hidden = context().hidden_size, tokens = x.size(0);
+    const RowIndex index(row_index, tokens, device, "encode");
+    const Groups groups = groups_of(rows_per_group);
+    const auto group_count = static_cast<std::int64_t>(groups.of_rows.size());
+    const launchers::RowsOf<T> stream_rows{as<const T>(x), index.data(), tokens,
+                                           row_index.defined() ? row_index.numel() : tokens,
+                                           hidden};
+    Encoded encoded;
+    encoded.bytes_per_group.assign(rows_per_group.size(), 0);
+    encoded.centroids_per_group.assign(rows_per_group.size(), 0);
+    encoded.centroids = at::empty({0, hidden}, x.options());
+    encoded.assignment = at::full({stream_rows.rows}, -1, at::dtype(at::kLong).device(device));
+    CodecStats& stats = encoded.stats;
+    stats.rows = stream_rows.rows;
+    stats.raw_bytes = 2 * stream_rows.rows * hidden;
+    encoded.bytes = at::empty({0}, at::dtype(at::kByte).device(device));
+    if (stream_rows.rows == 0) return encoded;
+
+    // A row's bytes do not depend on its group, unless the group has a common bound: a token that
+    // goes to several ranks is coded once.
+    launchers::RowsOf<T> rows = stream_rows;
+    const std::int64_t* number = nullptr;
+    if (!by_group_ && index.data() != nullptr && tokens <= stream_rows.rows) {
+      number = index.data();
+      rows.index = nullptr;
+      rows.rows = tokens;
+    }
+    const at::Tensor squared = room<double>(rows.rows, device);
+    launchers::squared_norms<T>(as<double>(squared), rows, stream);
+    const at::Tensor stream_groups = upload(groups.of_rows, device);
+    const auto* of_rows = as<const launchers::CodedGroup>(stream_groups);
+
+    launchers::CodedRows coded;
+    at::Tensor bound, ids, coding_groups, records, payloads, payload_bytes, whole, error, offset;
+    std::vector<launchers::CodedGroup> coding = groups.of_rows;
+    if (state != nullptr) {
+      const DeviceState known = on_device(*state, device);
+      if (!by_group_) {
+        coding.resize(1);
+        coding[0] = {};
+        coding[0].rows = rows.rows;
+      }
+      for (auto& group : coding) {
+        group.order = as<const std::int32_t>(known.order);
+        group.place = as<const std::int32_t>(known.place);
+        group.bases = as<const float>(known.bases);
+        group.centroids = static_cast<std::int32_t>(known.centroids);
+        group.id_bytes = static_cast<std::int32_t>(centroid_id_bytes(known.centroids));
+      }
+      coding_groups = upload(coding, device);
+      auto* coding_data = as<launchers::CodedGroup>(coding_groups);
+      const auto coding_count = static_cast<std::int64_t>(coding.size());
+      bound = room<double>(rows.rows, device);
+      launchers::row_bounds(as<double>(bound), coding_data, coding_count, as<const double>(squared),
+                            options().max_error(), by_group_, hidden, stream);
+      if (known.centroids > 0) {
+        ids = nearest(rows, known, device);
+        choose_ids(coding_data, coding, rows, as<const double>(bound), as<const std::int32_t>(ids),
+                   device);
+      }
+      const RowLayout largest(hidden, 2, 2, sizeof(T));
+      coded.record_stride = (static_cast<std::int64_t>(largest.record_bytes) + 31) / 16 * 16;
+      coded.payload_stride = (hidden * static_cast<std::int64_t>(sizeof(T)) + 31) / 16 * 16;
+      records = room<std::uint8_t>(rows.rows * coded.record_stride, device);
+      payloads = room<std::uint8_t>(rows.rows * coded.payload_stride, device);
+      payload_bytes = room<std::int64_t>(rows.rows, device);
+      whole = room<std::uint8_t>(rows.rows, device);
+      error = room<double>(rows.rows, device);
+      offset = room<std::int64_t>(stream_rows.rows, device);
+      coded.records = as<std::uint8_t>(records);
+      coded.payloads = as<std::uint8_t>(payloads);
+      coded.payload_bytes = as<std::int64_t>(payload_bytes);
+      coded.whole = as<std::uint8_t>(whole);
+      coded.error = as<double>(error);
+      launchers::encode_rows<T>(coded, rows, coding_data, coding_count, as<const double>(squared),
+                                as<const double>(bound), as<const std::int32_t>(ids), dither_,
+                                stream);
+    } else {
+      coding_groups = stream_groups;
+    }
+    const at::Tensor totals = room<launchers::RowTotals>(group_count, device);
+    launchers::row_totals(
+        as<launchers::RowTotals>(totals), as<std::int64_t>(offset), of_rows, group_count,
+        as<const launchers::CodedGroup>(coding_groups), static_cast<std::int64_t>(coding.size()),
+        number, rows.rows, as<const std::int64_t>(payload_bytes), as<const std::uint8_t>(whole),
+        as<const double>(squared), as<const double>(bound), as<const double>(error), stream);
+
+    // The one wait: sizes and statistics.
+    if (index.bad().defined()) index.check(download<std::int64_t>(index.bad())[0]);
+    const auto total = download<launchers::RowTotals>(totals);
+    Assembly assembly;
+    double relative_sum = 0;
+    for (std::size_t i = 0; i < total.size(); ++i) {
+      if (total[i].bad_row >= 0) refuse_row(*this, row_number(row_index, total[i].bad_row));
+      const std::int64_t before = assembly.bytes();
+      add_parcel(assembly, groups.of_rows[i], state, total[i], stats, relative_sum);
+      encoded.bytes_per_group[groups.number[i]] = assembly.bytes() - before;
+    }
+    assembly.allocate(device);
+    encoded.bytes = assembly.out();
+    launchers::assemble<T>(as<std::uint8_t>(encoded.bytes), assembly.places(), group_count,
+                           assembly.heads(), coded, stream_rows, number,
+                           as<const std::int64_t>(offset), stream);
+    assembly.seal();
+    stats.sent_bytes = assembly.bytes();
+    stats.mean_relative_error = relative_sum / static_cast<double>(stream_rows.rows);
+    return encoded;
+  }
+
+  void add_parcel(Assembly& assembly, const launchers::CodedGroup& group, const LearnedState* state,
+                  const launchers::RowTotals& total, CodecStats& stats,
+                  double& relative_sum) const {
+    ParcelHeader header;
+    header.kind = ParcelKind::lsh_expert;
+    header.dtype = context().dtype;
+    header.rows = static_cast<std::uint32_t>(group.rows);
+    header.hidden_size = static_cast<std::uint32_t>(context().hidden_size);
+    const auto n = static_cast<std::size_t>(group.rows);
+    const RowLayout layout(context().hidden_size, StepCode(total.step).bytes(),
+                           static_cast<std::size_t>(total.id_bytes), sizeof(T));
+    const std::size_t bytes =
+        n * layout.record_bytes + static_cast<std::size_t>(total.payload_bytes);
+    if (state == nullptr || bytes >= n * layout.whole_bytes) {
+      header.flags = kAllWhole;
+      header.body_bytes = n * layout.whole_bytes;
+      stats.whole_rows += group.rows;
+      assembly.add(group.first, header, {}, 0);
+      return;
+    }
+    std::vector<std::uint8_t> shared;
+    if (total.step > 0) {
+      header.flags = kGroupStep;
+      shared.resize(4);
+      std::memcpy(shared.data(), &total.step, 4);
+    }
+    header.centroids = total.id_bytes > 0 ? static_cast<std::uint32_t>(state->centroids) : 0;
+    header.state_version = state->version;
+    header.shared_bytes = static_cast<std::uint32_t>(shared.size());
+    header.body_bytes = bytes;
+    assembly.add(group.first, header, shared, static_cast<std::int64_t>(layout.record_bytes));
+    add_totals(stats, total, relative_sum);
+  }
+
+  // decode ---------------------------------------------------------------------------------------
+
+  // The state a parcel was coded against; null: none, or not known here.
+  static const LearnedState* state_of(const ParcelHeader& header, const LearnedStates& states) {
+    for (const auto* state : {states.current.get(), states.previous.get()}) {
+      if (state != nullptr && state->version == header.state_version) return state;
+    }
+    return nullptr;
+  }
+
+  // Whether the GPU decodes these; what it does not know the CPU decodes, or refuses.
+  [[nodiscard]] bool decodes(const Opened& opened) const {
+    const auto states = learned_states();
+    return std::all_of(opened.parcels().begin(), opened.parcels().end(), [&](const auto& one) {
+      const ParcelHeader& header = one.header;
+      if (header.flags == kAllWhole) return true;
+      const LearnedState* state = header.state_version != 0 ? state_of(header, states) : nullptr;
+      return state != nullptr && !state->basis.defined() &&
+             (header.flags == 0 || header.flags == kGroupStep) &&
+             (header.centroids == 0 || header.centroids == state->centroids);
+    });
+  }
+
+  [[nodiscard]] RowLayout layout_of(const ParcelHeader& header) const {
+    return {context().hidden_size, (header.flags & kGroupStep) != 0 ? std::size_t{1} : 2,
+            centroid_id_bytes(header.centroids), sizeof(T)};
+  }
+
+  void check_sizes(const Opened& opened) const {
+    for (const auto& one : opened.parcels()) {
+      const ParcelHeader& header = one.header;
+      const RowLayout layout = layout_of(header);
+      const std::size_t n = header.rows;
+      if (header.flags == kAllWhole) {
+        LSHMOE_VALIDATE(header.centroids == 0 && header.state_version == 0 &&
+                            header.shared_bytes == 0 && header.body_bytes == n * layout.whole_bytes,
+                        "decode: a parcel of ", n, " whole rows has ", header.body_bytes,
+                        " bytes of them (damaged parcel)");
+        continue;
+      }
+      LSHMOE_VALIDATE(n <= header.body_bytes / layout.record_bytes &&
+                          header.shared_bytes == (header.flags == kGroupStep ? 4 : 0),
+                      "decode: a parcel of ", header.body_bytes, " + ", header.shared_bytes,
+                      " bytes says it has ", n, " rows (damaged parcel)");
+    }
+  }
+
+  void decode_opened(at::Tensor& out, const RowIndex& index, const Opened& opened) const {
+    check_sizes(opened);
+    if (opened.rows() == 0) return;
+    const at::Device device = out.device();
+    const launchers::Stream stream = current_stream(device);
+    const auto states = learned_states();
+    const std::int64_t hidden = context().hidden_size;
+    std::vector<launchers::CodedGroup> coded;
+    std::vector<std::int64_t> body;  // bytes of payloads of each
+    std::vector<launchers::RawPlace> raw;
+    const auto steps = read_steps(opened);
+    for (std::size_t i = 0; i < opened.parcels().size(); ++i) {
+      const auto& one = opened.parcels()[i];
+      if (one.header.flags == kAllWhole) {
+        raw.push_back({one.first, one.header.rows, one.body});
+        continue;
+      }
+      const DeviceState state = on_device(*state_of(one.header, states), device);
+      const RowLayout layout = layout_of(one.header);
+      launchers::CodedGroup group;
+      group.first = one.first;
+      group.rows = one.header.rows;
+      group.step = steps[i];
+      group.id_bytes = static_cast<std::int32_t>(layout.id_bytes);
+      group.centroids = static_cast<std::int32_t>(one.header.centroids);
+      group.order = as<const std::int32_t>(state.order);
+      group.place = as<const std::int32_t>(state.place);
+      group.bases = as<const float>(state.bases);
+      group.records = one.body;
+      group.payloads = one.body + group.rows * static_cast<std::int64_t>(layout.record_bytes);
+      group.end = one.body + one.header.body_bytes;
+      coded.push_back(group);
+      body.push_back(group.end - group.payloads);
+    }
+    // Parcels of both kinds: each by its own launch, over its own rows.
+    T* to = as<T>(out);
+    const std::int64_t out_rows = out.size(0);
+    for (const auto& place : raw) {
+      const launchers::RawPlace alone{0, place.rows, place.body};
+      const at::Tensor on_device = upload(std::vector<launchers::RawPlace>{alone}, device);
+      launchers::scatter_raw<T>(index.data() != nullptr ? to : to + place.first * hidden,
+                                index.data() != nullptr ? index.data() + place.first : nullptr,
+                                out_rows - (index.data() != nullptr ? 0 : place.first),
+                                as<const launchers::RawPlace>(on_device), 1, place.rows, hidden,
+                                stream);
+    }
+    const at::Tensor bad = none_bad(launchers::kBadKinds, device);
+    const auto count = static_cast<std::int64_t>(coded.size());
+    const at::Tensor totals = room<launchers::RowTotals>(count, device);
+    at::Tensor payload_bytes, offset, groups;
+    if (count > 0) {
+      // Rows in the order of the coded groups alone.
+      std::int64_t coded_rows = 0;
+      std::vector<std::int64_t> numbers;
+      for (auto& group : coded) {
+        for (std::int64_t i = 0; i < group.rows && !raw.empty(); ++i) {
+          numbers.push_back(group.first + i);
+        }
+        group.first = coded_rows;
+        coded_rows += group.rows;
+      }
+      groups = upload(coded, device);
+      const auto* data = as<const launchers::CodedGroup>(groups);
+      at::Tensor to_rows;
+      const std::int64_t* to_index = index.data();
+      if (!raw.empty()) {
+        to_rows = upload(numbers, device).view(at::kLong);
+        if (to_index != nullptr) to_rows = index.tensor().index_select(0, to_rows);
+        to_index = as<const std::int64_t>(to_rows);
+      }
+      payload_bytes = room<std::int64_t>(coded_rows, device);
+      offset = room<std::int64_t>(coded_rows, device);
+      launchers::record_sizes(as<std::int64_t>(payload_bytes), as<std::int64_t>(bad), data, count,
+                              coded_rows, hidden, sizeof(T), stream);
+      launchers::row_totals(as<launchers::RowTotals>(totals), as<std::int64_t>(offset), data, count,
+                            data, count, nullptr, coded_rows, as<const std::int64_t>(payload_bytes),
+                            nullptr, nullptr, nullptr, nullptr, stream);
+      launchers::decode_rows<T>(to, to_index, out_rows, as<std::int64_t>(bad), data, count,
+                                as<const std::int64_t>(offset), coded_rows, hidden, stream);
+    }
+    const at::Tensor bad_index = index.bad().defined() ? index.bad() : none_bad(1, device);
+    const auto found = download<std::uint8_t>(
+        at::cat({bad.view(at::kByte), bad_index.view(at::kByte), totals, opened.sums()}));
+    std::int64_t faults[launchers::kBadKinds + 1];
+    const std::uint8_t* at = found.data();
+    std::memcpy(faults, at, sizeof faults);
+    at += sizeof faults;
+    std::vector<launchers::RowTotals> total(coded.size());
+    std::memcpy(total.data(), at, total.size() * sizeof(launchers::RowTotals));
+    at += total.size() * sizeof(launchers::RowTotals);
+    std::vector<std::uint32_t> sums(opened.parcels().size());
+    std::memcpy(sums.data(), at, 4 * sums.size());
+    opened.check_sums(sums.data());
+    const char* kFaults[] = {"'s record is none that is ever written",
+                             " names a centroid that does not exist",
+                             "'s payload holds a number out of its range"};
+    for (int kind = 0; kind < launchers::kBadKinds; ++kind) {
+      LSHMOE_VALIDATE(faults[kind] == kNoneBad, "decode: row ", faults[kind], kFaults[kind],
+                      " (damaged parcel)");
+    }
+    for (std::size_t i = 0; i < coded.size(); ++i) {
+      LSHMOE_VALIDATE(total[i].payload_bytes == body[i], "decode: the rows of a parcel have ",
+                      total[i].payload_bytes, " bytes of payload, the parcel has ", body[i],
+                      " (damaged parcel)");
+    }
+    index.check(faults[launchers::kBadKinds]);
+  }
+
+  // The group steps of the parcels; 0: none.
+  [[nodiscard]] std::vector<float> read_steps(const Opened& opened) const {
+    std::vector<float> steps(opened.parcels().size(), 0.0F);
+    for (std::size_t i = 0; i < steps.size(); ++i) {
+      if (opened.parcels()[i].header.flags != kGroupStep) continue;
+      std::memcpy(&steps[i], opened.shared_head(i), 4);
+      LSHMOE_VALIDATE(steps[i] >= 4 * kernels::kMinStep && steps[i] <= kernels::kMaxStep,
+                      "decode: a parcel's step is out of range (damaged parcel)");
+    }
+    return steps;
+  }
+};
+
+}  // namespace
+
+std::shared_ptr<Codec> make_lsh_codec(const CodecOptions& options, const CodecContext& context) {
+  if (context.dtype == at::kBFloat16) {
+    return std::make_shared<LshCodec<kernels::Bfloat16>>(options, context);
+  }
+  return std::make_shared<LshCodec<float>>(options, context);
+}
+
+}  // namespace lshmoe::cuda
