@@ -132,7 +132,7 @@ std::vector<float> code_base_row(RowCoder<float>& coder, const float* row, const
 }
 
 template <class T>
-class LshCodec final : public CpuCodec, public HasLearnedStates {
+class LshCodec final : public CpuCodec, public LshInternals {
  public:
   LshCodec(const CodecOptions& options, const CodecContext& context)
       : CpuCodec(options, context),
@@ -207,6 +207,11 @@ class LshCodec final : public CpuCodec, public HasLearnedStates {
   }
 
   [[nodiscard]] LearnedStates learned_states() const override { return {current_, previous_}; }
+  [[nodiscard]] SharedPart shared_part(const ParcelHeader& header,
+                                       std::span<const std::uint8_t> shared) const override {
+    Shared read = read_shared({header, shared, {}}, nullptr);
+    return {std::move(read.order), std::move(read.bases)};
+  }
 
   [[nodiscard]] StateStats state_stats() const override {
     StateStats stats = state_stats_;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "lshmoe/compress/codec.hpp"
@@ -27,11 +28,19 @@ struct LearnedState;
 struct LearnedStates {
   std::shared_ptr<const LearnedState> current, previous;
 };
-/// What codecs of kind lsh are besides.
-class HasLearnedStates {
+/// What the rows of a parcel that explains itself are coded against.
+struct SharedPart {
+  std::vector<std::int32_t> order;  ///< [hidden] channel of each place; empty: as they are
+  std::vector<float> bases;         ///< [1 + centroids, hidden] in that order
+};
+/// What the codec of GPU rows asks the CPU's, beside what every codec does.
+class LshInternals {
  public:
-  virtual ~HasLearnedStates() = default;
+  virtual ~LshInternals() = default;
   [[nodiscard]] virtual LearnedStates learned_states() const = 0;
+  /// Trusts nothing: throws InvalidArgument.
+  [[nodiscard]] virtual SharedPart shared_part(const ParcelHeader& header,
+                                               std::span<const std::uint8_t> shared) const = 0;
 };
 
 /// For kind lsh, both kinds of restore. Local.

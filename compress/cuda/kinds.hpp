@@ -13,8 +13,9 @@ namespace lshmoe::cuda {
 
 /// Kind lsh. The GPU codes rows against a learned state of channels, and rows that travel whole, up
 /// to hidden size kMaxCodedHidden; everything else goes through the CPU's codec (StagedCodec):
-/// state=batch (and learned before its first refresh), transform=basis, restore=source. Other than
-/// on the CPU, a group is not tried as a parcel that explains itself.
+/// encoding of state=batch (and learned before its first refresh), transform=basis, restore=source.
+/// Parcels that explain themselves are decoded by the GPU once the host has read their shared part.
+/// Other than on the CPU, encode with a state does not try a parcel that explains itself.
 [[nodiscard]] std::shared_ptr<Codec> make_lsh_codec(const CodecOptions& options,
                                                     const CodecContext& context);
 

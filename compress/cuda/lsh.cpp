@@ -98,9 +98,10 @@ class LshCodec final : public StagedCodec {
   mutable at::Tensor projection_;
   mutable std::unique_ptr<launchers::Product> product_;
 
-  [[nodiscard]] LearnedStates learned_states() const {
-    return dynamic_cast<const HasLearnedStates&>(cpu()).learned_states();
+  [[nodiscard]] const LshInternals& internals() const {
+    return dynamic_cast<const LshInternals&>(cpu());
   }
+  [[nodiscard]] LearnedStates learned_states() const { return internals().learned_states(); }
 
   DeviceState on_device(const LearnedState& state, at::Device device) const {
     const std::lock_guard lock(mutex_);
@@ -366,7 +367,10 @@ class LshCodec final : public StagedCodec {
     return std::all_of(opened.parcels().begin(), opened.parcels().end(), [&](const auto& one) {
       const ParcelHeader& header = one.header;
       if (header.flags == kAllWhole) return true;
-      const LearnedState* state = header.state_version != 0 ? state_of(header, states) : nullptr;
+      if (header.state_version == 0) {
+        return (header.flags & ~(kHasMean | kHasOrder | kGroupStep)) == 0;
+      }
+      const LearnedState* state = state_of(header, states);
       return state != nullptr && !state->basis.defined() &&
              (header.flags == 0 || header.flags == kGroupStep) &&
              (header.centroids == 0 || header.centroids == state->centroids);
@@ -390,8 +394,10 @@ class LshCodec final : public StagedCodec {
                         " bytes of them (damaged parcel)");
         continue;
       }
+      const std::uint32_t step_bytes = (header.flags & kGroupStep) != 0 ? 4 : 0;
       LSHMOE_VALIDATE(n <= header.body_bytes / layout.record_bytes &&
-                          header.shared_bytes == (header.flags == kGroupStep ? 4 : 0),
+                          (header.state_version != 0 ? header.shared_bytes == step_bytes
+                                                     : header.shared_bytes >= step_bytes),
                       "decode: a parcel of ", header.body_bytes, " + ", header.shared_bytes,
                       " bytes says it has ", n, " rows (damaged parcel)");
     }
@@ -408,14 +414,19 @@ class LshCodec final : public StagedCodec {
     std::vector<std::int64_t> body;  // bytes of payloads of each
     std::vector<launchers::RawPlace> raw;
     const auto steps = read_steps(opened);
+    const Bytes shared = read_shared(opened, device);
+    std::vector<DeviceState> alive;  // until the kernels are queued
     for (std::size_t i = 0; i < opened.parcels().size(); ++i) {
       const auto& one = opened.parcels()[i];
       if (one.header.flags == kAllWhole) {
         raw.push_back({one.first, one.header.rows, one.body});
         continue;
       }
-      const DeviceState state = on_device(*state_of(one.header, states), device);
+      const DeviceState state = one.header.state_version != 0
+                                    ? on_device(*state_of(one.header, states), device)
+                                    : explained(one, bytes_of(shared, i), device);
       const RowLayout layout = layout_of(one.header);
+      alive.push_back(state);
       launchers::CodedGroup group;
       group.first = one.first;
       group.rows = one.header.rows;
@@ -505,11 +516,49 @@ class LshCodec final : public StagedCodec {
     index.check(faults[launchers::kBadKinds]);
   }
 
+  // The shared parts of parcels that explain themselves, on the host: small beside the rows. Waits
+  // for the device where there are any.
+  struct Bytes {
+    std::vector<std::uint8_t> data;
+    std::vector<std::size_t> begin;  // [parcels + 1]
+  };
+  [[nodiscard]] static Bytes read_shared(const Opened& opened, at::Device device) {
+    Bytes bytes;
+    std::vector<at::Tensor> parts;
+    std::size_t size = 0;
+    for (const auto& one : opened.parcels()) {
+      bytes.begin.push_back(size);
+      if (one.header.flags == kAllWhole || one.header.state_version != 0) continue;
+      parts.push_back(at::from_blob(const_cast<std::uint8_t*>(one.shared),
+                                    {static_cast<std::int64_t>(one.header.shared_bytes)},
+                                    at::dtype(at::kByte).device(device)));
+      size += one.header.shared_bytes;
+    }
+    bytes.begin.push_back(size);
+    if (size > 0) bytes.data = download<std::uint8_t>(at::cat(parts));
+    return bytes;
+  }
+  static std::span<const std::uint8_t> bytes_of(const Bytes& bytes, std::size_t parcel) {
+    return {bytes.data.data() + bytes.begin[parcel], bytes.begin[parcel + 1] - bytes.begin[parcel]};
+  }
+  // What a parcel that explains itself says, on the device.
+  [[nodiscard]] DeviceState explained(const Opened::One& one, std::span<const std::uint8_t> shared,
+                                      at::Device device) const {
+    const SharedPart part = internals().shared_part(one.header, shared);
+    DeviceState state;
+    state.bases = upload(part.bases, device);
+    if (!part.order.empty()) state.order = upload(part.order, device);
+    return state;
+  }
+
   // The group steps of the parcels; 0: none.
   [[nodiscard]] std::vector<float> read_steps(const Opened& opened) const {
     std::vector<float> steps(opened.parcels().size(), 0.0F);
     for (std::size_t i = 0; i < steps.size(); ++i) {
-      if (opened.parcels()[i].header.flags != kGroupStep) continue;
+      if ((opened.parcels()[i].header.flags & kGroupStep) == 0 ||
+          opened.parcels()[i].header.flags == kAllWhole) {
+        continue;
+      }
       std::memcpy(&steps[i], opened.shared_head(i), 4);
       LSHMOE_VALIDATE(steps[i] >= 4 * kernels::kMinStep && steps[i] <= kernels::kMaxStep,
                       "decode: a parcel's step is out of range (damaged parcel)");

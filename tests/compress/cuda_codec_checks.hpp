@@ -233,10 +233,41 @@ struct CudaChecks {
              gaussian(4, 37, 1));
     }
     const at::Tensor fit = clustered(700, 100, 20, 0.3, 1);
+    damage(CodecOptions().max_error(0.2), {100, 0, Direction::combine, at::kFloat},
+           clustered(60, 100, 2, 0.1, 1));
     for (const std::string reference : {"row", "group"}) {
       SCOPED_TRACE(reference);
       damage(CodecOptions().state("learned").codebook_size(40).error_reference(reference),
              {100, 0, Direction::dispatch, at::kFloat}, clustered(9, 100, 20, 0.3, 1), fit);
+    }
+  }
+
+  /// Parcels that explain themselves, with and without clusters: the CPU encodes, both decode.
+  void batch_parcels() const {
+    for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+      for (const int64_t h : hidden) {
+        for (const std::string reference : {"row", "group"}) {
+          for (const int64_t clusters : {0, 128}) {
+            const auto options =
+                CodecOptions().error_reference(reference).max_clusters(clusters).max_error(0.2);
+            CodecContext context{h, 0, Direction::dispatch, dtype};
+            const auto cpu = make_codec(options, context);
+            context.device = device;
+            const auto gpu = make(options, context);
+            at::Tensor x = clustered(300, h, 5, 0.1, 1);
+            x.slice(0, 200, 240).copy_(make_rows("huge", 40, h, 2));
+            x = x.to(dtype);
+            const Encoded encoded = cpu->encode(x, {200, 0, 100});
+            EXPECT_EQ(encoded.stats.clusters > 0, clusters > 0 && h > 16);
+            const at::Tensor to = at::randperm(300, at::kLong);
+            at::Tensor here = at::zeros_like(x), out = there(at::zeros_like(x));
+            cpu->decode_into(here, to, encoded.bytes, encoded.bytes_per_group, {200, 0, 100});
+            gpu->decode_into(out, there(to), there(encoded.bytes), encoded.bytes_per_group,
+                             {200, 0, 100});
+            EXPECT_EQ(bytes_of(out.cpu()), bytes_of(here));
+          }
+        }
+      }
     }
   }
 

@@ -32,6 +32,7 @@ TEST_F(CudaCodec, RowsWithinABound) { checks_.rows_within_a_bound(); }
 TEST_F(CudaCodec, AllKindsOfRows) { checks_.all_kinds_of_rows(); }
 TEST_F(CudaCodec, Refusals) { checks_.refusals(); }
 TEST_F(CudaCodec, DamagedParcels) { checks_.damaged_parcels(); }
+TEST_F(CudaCodec, BatchParcels) { checks_.batch_parcels(); }
 TEST_F(CudaCodec, Staged) { checks_.staged(); }
 
 // A build without CUDA says so.

@@ -48,6 +48,7 @@ TEST_F(CudaOnHost, RowsWithinABound) { checks_.rows_within_a_bound(); }
 TEST_F(CudaOnHost, AllKindsOfRows) { checks_.all_kinds_of_rows(); }
 TEST_F(CudaOnHost, Refusals) { checks_.refusals(); }
 TEST_F(CudaOnHost, DamagedParcels) { checks_.damaged_parcels(); }
+TEST_F(CudaOnHost, BatchParcels) { checks_.batch_parcels(); }
 TEST_F(CudaOnHost, Staged) { checks_.staged(); }
 
 }  // namespace
