@@ -572,7 +572,7 @@ void check(BenchOptions& o) {
   }
   LSHMOE_VALIDATE(o.device == "cpu" || o.device == "cuda", "unknown device '", o.device,
                   "': use --device cpu or cuda");
-  LSHMOE_VALIDATE(o.device == "cpu" || (at::hasCUDA() && at::globalContext().getNumGPUs() > 0),
+  LSHMOE_VALIDATE(o.device == "cpu" || at::getNumGPUs() > 0,
                   "--device cuda, but no GPU was found: use --device cpu");
   LSHMOE_VALIDATE(o.device == "cpu" || !o.phases, "--phases is for --device cpu");
   LSHMOE_VALIDATE(o.num_sms >= 0 && (o.num_sms == 0 || o.device == "cuda"), "--num-sms ", o.num_sms,
