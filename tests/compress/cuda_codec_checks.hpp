@@ -150,6 +150,8 @@ struct CudaChecks {
     }
   }
 
+  /// Groups of many rows: the CPU also tries parcels that explain themselves, and takes them for
+  /// one row or so.
   void rows_within_a_bound() const {
     for (const auto dtype : {at::kFloat, at::kBFloat16}) {
       for (const int64_t h : hidden) {
@@ -258,7 +260,7 @@ struct CudaChecks {
             x.slice(0, 200, 240).copy_(make_rows("huge", 40, h, 2));
             x = x.to(dtype);
             const Encoded encoded = cpu->encode(x, {200, 0, 100});
-            EXPECT_EQ(encoded.stats.clusters > 0, clusters > 0 && h > 16);
+            EXPECT_EQ(encoded.stats.clusters > 0, clusters > 0);
             const at::Tensor to = at::randperm(300, at::kLong);
             at::Tensor here = at::zeros_like(x), out = there(at::zeros_like(x));
             cpu->decode_into(here, to, encoded.bytes, encoded.bytes_per_group, {200, 0, 100});
