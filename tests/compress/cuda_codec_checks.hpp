@@ -28,6 +28,25 @@ struct CudaChecks {
 
   [[nodiscard]] at::Tensor there(const at::Tensor& x) const { return x.to(device); }
 
+  /// True where the CPU found a parcel that explains itself smaller than one of the state: it tries
+  /// that, the GPU does not. Of one row, or the test has lost its point.
+  static bool explained(const Encoded& encoded, const std::vector<int64_t>& rows_per_group) {
+    const auto bytes = bytes_of(encoded.bytes);
+    bool named = false, other = false;
+    std::size_t begin = 0;
+    for (std::size_t g = 0; g < rows_per_group.size(); ++g) {
+      if (rows_per_group[g] == 0) continue;
+      const bool by_state = field<uint32_t>(bytes.data() + begin, 20) != 0;
+      named |= by_state;
+      other |= !by_state;
+      begin += static_cast<std::size_t>(encoded.bytes_per_group[g]);
+      if (named && !by_state) {
+        EXPECT_EQ(rows_per_group[g], 1);
+      }
+    }
+    return named && other;
+  }
+
   /// x, in groups of these rows: both ways between CPU and GPU, equal results.
   void both_ways(const CodecOptions& options, const CodecContext& context, const at::Tensor& x,
                  const at::Tensor& index, const std::vector<int64_t>& rows_per_group,
@@ -49,16 +68,16 @@ struct CudaChecks {
     EXPECT_EQ(got.stats.rows, want.stats.rows);
     EXPECT_EQ(got.stats.raw_bytes, want.stats.raw_bytes);
     EXPECT_EQ(got.stats.sent_bytes, got.bytes.numel());
-    EXPECT_NEAR(got.stats.max_relative_error, want.stats.max_relative_error,
-                1e-9 * want.stats.max_relative_error);
     EXPECT_LE(got.stats.max_error_ratio, 1.0);
     const at::Tensor bytes = got.bytes.cpu();
-    if (same_bytes) {
+    if (same_bytes && !explained(want, rows_per_group)) {
       EXPECT_EQ(got.bytes_per_group, want.bytes_per_group);
       EXPECT_EQ(bytes_of(bytes), bytes_of(want.bytes));
       EXPECT_EQ(got.stats.whole_rows, want.stats.whole_rows);
       EXPECT_NEAR(got.stats.mean_relative_error, want.stats.mean_relative_error,
                   1e-9 * want.stats.mean_relative_error);
+      EXPECT_NEAR(got.stats.max_relative_error, want.stats.max_relative_error,
+                  1e-9 * want.stats.max_relative_error);
       EXPECT_NEAR(got.stats.max_error_ratio, want.stats.max_error_ratio, 1e-9);
     }
     // Again: the same bytes.
@@ -150,8 +169,6 @@ struct CudaChecks {
     }
   }
 
-  /// Groups of many rows: the CPU also tries parcels that explain themselves, and takes them for
-  /// one row or so.
   void rows_within_a_bound() const {
     for (const auto dtype : {at::kFloat, at::kBFloat16}) {
       for (const int64_t h : hidden) {
