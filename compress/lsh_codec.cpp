@@ -137,7 +137,7 @@ class LshCodec final : public CpuCodec, public LshInternals {
   LshCodec(const CodecOptions& options, const CodecContext& context)
       : CpuCodec(options, context),
         source_(sends_centroids(options)),
-        by_group_(bounds_by_group(options, context)),
+        by_group_(options.error_reference() == "group"),
         whole_(sends_whole(options, context)),
         learned_(!source_ && !whole_ && options.state() == "learned"),
         dither_key_(options.rounding() == "dithered" ? std::optional(static_cast<std::uint32_t>(
@@ -1046,11 +1046,6 @@ class LshCodec final : public CpuCodec, public LshInternals {
 };
 
 }  // namespace
-
-bool bounds_by_group(const CodecOptions& options, const CodecContext& context) {
-  return options.error_reference().empty() ? context.direction == Direction::combine
-                                           : options.error_reference() == "group";
-}
 
 bool sends_whole(const CodecOptions& options, const CodecContext& context) {
   // bf16 rows cannot be rebuilt to less than about half a unit in their last place.

@@ -16,10 +16,9 @@ inline constexpr std::uint8_t kHasMean = 2;   // the shared part has the group's
 inline constexpr std::uint8_t kHasOrder = 4;  // ... the channel order
 inline constexpr std::uint8_t kGroupStep =
     8;  // ... one step (reference group); rows have fractions of it
-inline constexpr std::uint8_t kBasis = 16;  // coefficients in the learned state's basis
+inline constexpr std::uint8_t kBasis = 16;   // coefficients in the learned state's basis
+inline constexpr std::uint8_t kDither = 32;  // the shared part has the key of a dither
 
-/// True where the error bound is that of the group, not of the row.
-[[nodiscard]] bool bounds_by_group(const CodecOptions& options, const CodecContext& context);
 /// True where all rows travel as they are.
 [[nodiscard]] bool sends_whole(const CodecOptions& options, const CodecContext& context);
 

@@ -27,7 +27,7 @@ class FixedCodec final : public Codec {
     row_bytes_ = coded_    ? kernels::format_row_bytes(format_, context.hidden_size)
                  : rounds_ ? 2 * hidden
                            : sizeof(T) * hidden;
-    dither_ = {options.rounding() == "stochastic", noise_stream(options.seed(), context)};
+    noise_ = {options.rounding() == "stochastic", noise_stream(options.seed(), context)};
   }
 
   using Codec::encode;
@@ -128,7 +128,7 @@ class FixedCodec final : public Codec {
   ParcelKind kind_ = ParcelKind::none;
   RowFormat format_ = RowFormat::fp8;
   std::size_t row_bytes_ = 0;
-  launchers::Dither dither_;
+  launchers::StochasticNoise noise_;
 
   void code(std::uint8_t* out, const Assembly& assembly, const at::Tensor& squared,
             const at::Tensor& error, const launchers::RowsOf<T>& rows,
@@ -141,7 +141,7 @@ class FixedCodec final : public Codec {
     }
     if constexpr (!std::is_same_v<T, double>) {
       launchers::encode_format<T>(format_, out, assembly.places(), assembly.count(),
-                                  as<double>(squared), as<double>(error), rows, dither_, stream);
+                                  as<double>(squared), as<double>(error), rows, noise_, stream);
     }
   }
 

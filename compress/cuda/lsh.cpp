@@ -4,6 +4,7 @@
 #include <array>
 #include <cstring>
 #include <mutex>
+#include <optional>
 
 #include "lshmoe/compress/cpu_codec.hpp"
 #include "lshmoe/compress/cuda/kinds.hpp"
@@ -31,10 +32,12 @@ class LshCodec final : public StagedCodec {
  public:
   LshCodec(const CodecOptions& options, const CodecContext& context)
       : StagedCodec(options, context),
-        by_group_(bounds_by_group(options, context)),
+        by_group_(options.error_reference() == "group"),
         whole_(sends_whole(options, context)),
         on_gpu_(!sends_centroids(options) && context.hidden_size <= launchers::kMaxCodedHidden),
-        dither_{options.rounding() == "stochastic", noise_stream(options.seed(), context)} {}
+        dither_key_(options.rounding() == "dithered" ? std::optional(static_cast<std::uint32_t>(
+                                                           noise_stream(options.seed(), context)))
+                                                     : std::nullopt) {}
 
   using Codec::encode;
   [[nodiscard]] Encoded encode(const at::Tensor& x, const at::Tensor& row_index,
@@ -91,7 +94,7 @@ class LshCodec final : public StagedCodec {
   bool by_group_;
   bool whole_;
   bool on_gpu_;
-  launchers::Dither dither_;
+  std::optional<std::uint32_t> dither_key_;
   // Made when first needed: the current state and the former.
   mutable std::mutex mutex_;
   mutable std::array<DeviceState, 2> states_;
@@ -127,6 +130,10 @@ class LshCodec final : public StagedCodec {
                           state.centroids, options().projection(), current_stream(device));
     const bool current = learned_states().current.get() == &state;
     return states_[current ? 0 : 1] = made;
+  }
+
+  [[nodiscard]] StepCode steps_of(float group_step) const {
+    return StepCode(group_step, dither_key_.has_value(), dither_key_.value_or(0));
   }
 
   // encode ---------------------------------------------------------------------------------------
@@ -251,6 +258,8 @@ class LshCodec final : public StagedCodec {
         coding[0].rows = rows.rows;
       }
       for (auto& group : coding) {
+        group.dithered = dither_key_.has_value();
+        group.dither_key = dither_key_.value_or(0);
         group.order = as<const std::int32_t>(known.order);
         group.place = as<const std::int32_t>(known.place);
         group.bases = as<const float>(known.bases);
@@ -268,7 +277,7 @@ class LshCodec final : public StagedCodec {
         choose_ids(coding_data, coding, rows, as<const double>(bound), as<const std::int32_t>(ids),
                    device);
       }
-      const RowLayout largest(hidden, 2, 2, sizeof(T));
+      const RowLayout largest(hidden, StepCode(0, /*dithered=*/true), 2, sizeof(T));
       coded.record_stride = (static_cast<std::int64_t>(largest.record_bytes) + 31) / 16 * 16;
       coded.payload_stride = (hidden * static_cast<std::int64_t>(sizeof(T)) + 31) / 16 * 16;
       records = room<std::uint8_t>(rows.rows * coded.record_stride, device);
@@ -283,8 +292,7 @@ class LshCodec final : public StagedCodec {
       coded.whole = as<std::uint8_t>(whole);
       coded.error = as<double>(error);
       launchers::encode_rows<T>(coded, rows, coding_data, coding_count, as<const double>(squared),
-                                as<const double>(bound), as<const std::int32_t>(ids), dither_,
-                                stream);
+                                as<const double>(bound), as<const std::int32_t>(ids), stream);
     } else {
       coding_groups = stream_groups;
     }
@@ -326,7 +334,7 @@ class LshCodec final : public StagedCodec {
     header.rows = static_cast<std::uint32_t>(group.rows);
     header.hidden_size = static_cast<std::uint32_t>(context().hidden_size);
     const auto n = static_cast<std::size_t>(group.rows);
-    const RowLayout layout(context().hidden_size, StepCode(total.step).bytes(),
+    const RowLayout layout(context().hidden_size, steps_of(total.step),
                            static_cast<std::size_t>(total.id_bytes), sizeof(T));
     const std::size_t bytes =
         n * layout.record_bytes + static_cast<std::size_t>(total.payload_bytes);
@@ -338,11 +346,13 @@ class LshCodec final : public StagedCodec {
       return;
     }
     std::vector<std::uint8_t> shared;
-    if (total.step > 0) {
-      header.flags = kGroupStep;
-      shared.resize(4);
-      std::memcpy(shared.data(), &total.step, 4);
-    }
+    const auto append = [&](const auto& value, std::uint8_t flag) {
+      header.flags |= flag;
+      shared.resize(shared.size() + 4);
+      std::memcpy(shared.data() + shared.size() - 4, &value, 4);
+    };
+    if (total.step > 0) append(total.step, kGroupStep);
+    if (dither_key_) append(*dither_key_, kDither);
     header.centroids = total.id_bytes > 0 ? static_cast<std::uint32_t>(state->centroids) : 0;
     header.state_version = state->version;
     header.shared_bytes = static_cast<std::uint32_t>(shared.size());
@@ -368,18 +378,19 @@ class LshCodec final : public StagedCodec {
       const ParcelHeader& header = one.header;
       if (header.flags == kAllWhole) return true;
       if (header.state_version == 0) {
-        return (header.flags & ~(kHasMean | kHasOrder | kGroupStep)) == 0;
+        return (header.flags & ~(kHasMean | kHasOrder | kGroupStep | kDither)) == 0;
       }
       const LearnedState* state = state_of(header, states);
       return state != nullptr && !state->basis.defined() &&
-             (header.flags == 0 || header.flags == kGroupStep) &&
+             (header.flags & ~(kGroupStep | kDither)) == 0 &&
              (header.centroids == 0 || header.centroids == state->centroids);
     });
   }
 
   [[nodiscard]] RowLayout layout_of(const ParcelHeader& header) const {
-    return {context().hidden_size, (header.flags & kGroupStep) != 0 ? std::size_t{1} : 2,
-            centroid_id_bytes(header.centroids), sizeof(T)};
+    const StepCode steps((header.flags & kGroupStep) != 0 ? 1.0F : 0.0F,
+                         (header.flags & kDither) != 0);
+    return {context().hidden_size, steps, centroid_id_bytes(header.centroids), sizeof(T)};
   }
 
   void check_sizes(const Opened& opened) const {
@@ -394,7 +405,8 @@ class LshCodec final : public StagedCodec {
                         " bytes of them (damaged parcel)");
         continue;
       }
-      const std::uint32_t step_bytes = (header.flags & kGroupStep) != 0 ? 4 : 0;
+      const std::uint32_t step_bytes =
+          ((header.flags & kGroupStep) != 0 ? 4 : 0) + ((header.flags & kDither) != 0 ? 4 : 0);
       LSHMOE_VALIDATE(n <= header.body_bytes / layout.record_bytes &&
                           (header.state_version != 0 ? header.shared_bytes == step_bytes
                                                      : header.shared_bytes >= step_bytes),
@@ -430,7 +442,9 @@ class LshCodec final : public StagedCodec {
       launchers::CodedGroup group;
       group.first = one.first;
       group.rows = one.header.rows;
-      group.step = steps[i];
+      group.step = steps[i].step;
+      group.dithered = (one.header.flags & kDither) != 0;
+      group.dither_key = steps[i].dither_key;
       group.id_bytes = static_cast<std::int32_t>(layout.id_bytes);
       group.centroids = static_cast<std::int32_t>(one.header.centroids);
       group.order = as<const std::int32_t>(state.order);
@@ -551,17 +565,25 @@ class LshCodec final : public StagedCodec {
     return state;
   }
 
-  // The group steps of the parcels; 0: none.
-  [[nodiscard]] std::vector<float> read_steps(const Opened& opened) const {
-    std::vector<float> steps(opened.parcels().size(), 0.0F);
+  // What the shared parts begin with.
+  struct Steps {
+    float step = 0;  // of the group; 0: none
+    std::uint32_t dither_key = 0;
+  };
+  [[nodiscard]] std::vector<Steps> read_steps(const Opened& opened) const {
+    std::vector<Steps> steps(opened.parcels().size());
     for (std::size_t i = 0; i < steps.size(); ++i) {
-      if ((opened.parcels()[i].header.flags & kGroupStep) == 0 ||
-          opened.parcels()[i].header.flags == kAllWhole) {
-        continue;
+      const std::uint8_t flags = opened.parcels()[i].header.flags;
+      if (flags == kAllWhole) continue;
+      const std::uint8_t* at = opened.shared_head(i);
+      if ((flags & kGroupStep) != 0) {
+        std::memcpy(&steps[i].step, at, 4);
+        at += 4;
+        LSHMOE_VALIDATE(
+            steps[i].step >= 4 * kernels::kMinStep && steps[i].step <= kernels::kMaxStep,
+            "decode: a parcel's step is out of range (damaged parcel)");
       }
-      std::memcpy(&steps[i], opened.shared_head(i), 4);
-      LSHMOE_VALIDATE(steps[i] >= 4 * kernels::kMinStep && steps[i] <= kernels::kMaxStep,
-                      "decode: a parcel's step is out of range (damaged parcel)");
+      if ((flags & kDither) != 0) std::memcpy(&steps[i].dither_key, at, 4);
     }
     return steps;
   }

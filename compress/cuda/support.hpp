@@ -120,7 +120,7 @@ class Opened {
   [[nodiscard]] const std::vector<One>& parcels() const { return parcels_; }
   [[nodiscard]] std::int64_t rows() const { return rows_; }
   [[nodiscard]] std::vector<int64_t> rows_per_group() const;
-  /// On the host: the first 4 bytes of parcel i's shared part (its last byte where it has fewer).
+  /// On the host: the first 8 bytes of parcel i's shared part (its last byte where it has fewer).
   [[nodiscard]] const std::uint8_t* shared_head(std::size_t i) const {
     return heads_.data() + i * kHeadBytes + ParcelHeader::kBytes;
   }
@@ -132,8 +132,8 @@ class Opened {
   void check_sums(const std::uint32_t* sums) const;
 
  private:
-  // What is read of a parcel on the host: its header, and the group step of kind lsh.
-  static constexpr std::size_t kHeadBytes = ParcelHeader::kBytes + 4;
+  // What is read of a parcel on the host: its header, and the steps of kind lsh.
+  static constexpr std::size_t kHeadBytes = ParcelHeader::kBytes + 8;
   std::vector<One> parcels_;
   std::vector<std::uint8_t> heads_;
   std::size_t groups_;

@@ -174,7 +174,7 @@ struct CudaChecks {
       for (const int64_t h : hidden) {
         const at::Tensor fit = clustered(700, h, 20, 0.3, 1).to(dtype);
         for (const std::string reference : {"row", "group"}) {
-          for (const std::string rounding : {"nearest", "stochastic"}) {
+          for (const std::string rounding : {"nearest", "dithered"}) {
             for (const double max_error : {0.0, 0.02, 0.1}) {
               SCOPED_TRACE(reference + " " + rounding + " " + std::to_string(h) + " " +
                            std::to_string(max_error) + " " + c10::toString(dtype));

@@ -184,10 +184,9 @@ void check_rows(std::int64_t count, std::int64_t hidden, float group_step, doubl
   if (ordered) std::shuffle(order.begin(), order.end(), std::mt19937(7));
   for (std::size_t j = 0; j < h; ++j) place[static_cast<std::size_t>(order[j])] = int(j);
   for (std::size_t i = 0; i < n; ++i) id[i] = static_cast<std::int32_t>(i % kBases);
-  const std::uint64_t noise_stream = 0x123456789ABCDEFu;
 
   // The CPU's.
-  const StepCode steps(group_step);
+  const StepCode steps(group_step, dithered, 0x12345678u);
   RowCoder<T> coder(hidden, steps, 1);
   const std::size_t record_bytes = coder.layout().record_bytes;
   std::vector<double> squared(n), bound(n), error(n);
@@ -200,7 +199,6 @@ void check_rows(std::int64_t count, std::int64_t hidden, float group_step, doubl
     for (std::size_t j = 0; j < h; ++j) coded[j] = natural[static_cast<std::size_t>(order[j])];
     records[i].resize(record_bytes);
     payloads[i].resize(coder.max_payload());
-    if (dithered) coder.set_noise(noise_key(noise_stream, natural.data(), 4 * h));
     const std::size_t bytes =
         coder.encode(records[i].data(), payloads[i].data(), coded.data(),
                      bases.data() + id[i] * hidden, natural.data(), bound[i], std::sqrt(squared[i]),
@@ -212,6 +210,8 @@ void check_rows(std::int64_t count, std::int64_t hidden, float group_step, doubl
   cuda::CodedGroup group;
   group.rows = count;
   group.step = group_step;
+  group.dithered = dithered;
+  group.dither_key = 0x12345678u;
   group.id_bytes = 1;
   group.centroids = kBases - 1;
   group.order = ordered ? order.data() : nullptr;
@@ -227,8 +227,7 @@ void check_rows(std::int64_t count, std::int64_t hidden, float group_step, doubl
   std::vector<std::int64_t> sizes(n);
   cuda::encode_rows<T>({got_records.data(), 600, got_payloads.data(), stride, sizes.data(),
                         whole.data(), got_error.data()},
-                       rows, &group, 1, squared.data(), bound.data(), id.data(),
-                       {dithered, noise_stream}, nullptr);
+                       rows, &group, 1, squared.data(), bound.data(), id.data(), nullptr);
   EXPECT_TRUE(same(error, got_error));
   std::vector<std::uint8_t> directory, body;
   for (std::size_t i = 0; i < n; ++i) {
