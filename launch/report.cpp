@@ -159,7 +159,7 @@ void Reporter::summary(bool stopped) const {
         "  learned state   version %lld: %.1f MiB of the bytes sent, %.1f s of the codec's time, "
         "%.1f MiB of memory a rank",
         static_cast<long long>(last_.codec_state_version), sum_.codec_state_bytes / kMebi,
-        last_.codec_state_memory / kMebi));
+        s.codec_state, last_.codec_state_memory / kMebi));
   }
   const double rest = s.step - s.experts - s.codec - s.alltoall - s.gradients - s.optimiser;
   const auto share = [&](double seconds) { return 100 * seconds / s.step; };

@@ -191,7 +191,8 @@ class Files(TrainTest):
         state, seconds = (sum(line[key] for line in lines)
                           for key in ("codec_state_bytes", "codec_state_ms"))
         self.assertIn(f"learned state   version 5: {state / 2**20:.1f} MiB of the bytes sent, "
-                      f"{seconds / 1e3:.1f} s of the codec's time, ", output)
+                      f"{seconds / 1e3:.1f} s of the codec's time, "
+                      f"{lines[-1]['codec_state_memory'] / 2**20:.1f} MiB of memory a rank", output)
         shares = re.search(r"  time  .*", output).group()
         self.assertAlmostEqual(sum(map(float, re.findall(r"([\d.]+) %", shares))), 100, delta=0.4)
 
