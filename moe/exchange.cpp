@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <numeric>
 
 #include "lshmoe/comm/keep_buffer.hpp"
@@ -35,8 +36,8 @@ struct GroupHeader {
   std::int64_t parcel_bytes = 0;
 };
 
-/// No exchange comes near this many bytes or rows; a number above it is damage.
-constexpr std::int64_t kMostBytes = std::int64_t{1} << 44;
+/// No exchange comes near this many bytes or assignments; a number above it is damage.
+constexpr std::int64_t kMost = std::int64_t{1} << 44;
 
 Purpose purpose_of(Direction direction) {
   switch (direction) {
@@ -60,6 +61,27 @@ std::int64_t total(const std::vector<int64_t>& values) {
 std::byte* reserve(at::Tensor& buffer, std::int64_t bytes) {
   if (!buffer.defined() || buffer.numel() < bytes) buffer = at::empty({bytes}, at::kByte);
   return static_cast<std::byte*>(buffer.mutable_data_ptr());
+}
+
+/// The same for bytes that peers announced, which may be more than there is memory for.
+std::byte* reserve_announced(at::Tensor& buffer, std::int64_t bytes, const std::string& comm) {
+  try {
+    return reserve(buffer, bytes);
+  } catch (const c10::Error&) {
+    throw CommError(detail::message("the ranks of '", comm, "' announce ", bytes,
+                                    " bytes, which this machine has no memory for: send fewer "
+                                    "tokens at a time, or their sizes are damaged"));
+  }
+}
+
+/// Whether parcels of any kind hold `rows` rows in `bytes` bytes: a bit for every four elements at
+/// least, and not much more than the rows themselves.
+bool fits_parcel(std::int64_t rows, std::int64_t bytes, std::int64_t hidden, std::int64_t element) {
+  constexpr auto kHeader = static_cast<std::int64_t>(ParcelHeader::kBytes);
+  if (rows == 0 || bytes == 0) return rows == bytes;
+  return rows > 0 && rows <= std::numeric_limits<std::uint32_t>::max() &&
+         bytes >= kHeader + rows * (hidden / 32 + 1) && bytes <= kMost &&
+         (bytes - kHeader) / rows <= 2 * element * hidden + 64;
 }
 
 void check_call(const CallHeader& mine, const CallHeader& theirs, const std::string& peer) {
@@ -269,34 +291,46 @@ RowsIn Exchange::swap(const RowsOut& out) {
     std::memcpy(&header, from, sizeof header);
     from += sizeof header;
     check_call(mine, header, c.name_of_rank(r));
-    const auto plausible = [&](const char* what, int64_t value) {
-      if (value >= 0 && value <= kMostBytes) return;
-      throw CommError(detail::message(c.name_of_rank(r), " announces ", value, " ", what,
-                                      " (no such exchange exists): its bytes are damaged"));
+    const auto check = [&](bool possible, auto... text) {
+      if (possible) return;
+      throw CommError(detail::message(c.name_of_rank(r), " announces ", text..., " in ",
+                                      name_of(out.direction),
+                                      " (no such exchange exists): the ranks are in different "
+                                      "forwards, or its bytes are damaged"));
     };
-    plausible("assignments", header.assignments);
-    plausible("bytes of plan", header.attachment_bytes);
-    in.assignments[i] = header.assignments;
-    attachment_bytes[i] = header.attachment_bytes;
-    receive_bytes[i] = header.attachment_bytes;
-    in.parcel_begin[i] = received + header.attachment_bytes;
     const auto [first_group, last_group] = group_range(r);
+    const bool coded_rows = r != own || c.options.codec_on_self();
+    int64_t rows = 0, parcels = 0;
     for (int64_t g = first_group; g < last_group; ++g, from += sizeof(GroupHeader)) {
       const auto j = static_cast<std::size_t>(g);
       GroupHeader group;
       std::memcpy(&group, from, sizeof group);
-      plausible("rows", group.rows);
-      plausible("bytes of rows", group.parcel_bytes);
       if (!out.expected_rows.empty() && group.rows != out.expected_rows[j]) {
         throw CommError(detail::message(
             c.name_of_rank(r), " sends ", group.rows, " rows in ", name_of(out.direction),
             ", but the plan says ", out.expected_rows[j], ": the ranks are in different forwards"));
       }
+      check(!coded_rows || fits_parcel(group.rows, group.parcel_bytes, hidden,
+                                       static_cast<int64_t>(out.rows.element_size())),
+            group.rows, " rows of ", hidden, " elements in ", group.parcel_bytes, " bytes");
       in.rows_per_group[j] = group.rows;
       in.parcel_bytes[j] = group.parcel_bytes;
-      receive_bytes[i] += group.parcel_bytes;
+      rows += group.rows;
+      parcels += group.parcel_bytes;
+      check(parcels <= kMost, parcels, " bytes of rows");
     }
+    check(header.assignments >= 0 && header.assignments <= kMost, header.assignments,
+          " assignments");
+    const int64_t due =
+        out.attachment_due ? out.attachment_due(r, rows, header.assignments) : int64_t{0};
+    check(due >= 0 && due <= kMost && header.attachment_bytes == due, header.attachment_bytes,
+          " bytes beside ", rows, " rows with ", header.assignments, " assignments");
+    in.assignments[i] = header.assignments;
+    attachment_bytes[i] = due;
+    in.parcel_begin[i] = received + due;
+    receive_bytes[i] = due + parcels;
     received += receive_bytes[i];
+    check(received <= kMost, receive_bytes[i], " bytes");
   }
 
   // Attachments and parcels, rank after rank; without attachments the parcels are that already.
@@ -321,7 +355,7 @@ RowsIn Exchange::swap(const RowsOut& out) {
   if (ranks > 1) {
     RECORD_FUNCTION("lshmoe::all_to_all", std::vector<c10::IValue>{});
     const PhaseTimer::Span span(s.exchange_time, out.rows.device());
-    std::byte* receive = reserve(c.receive_, received);
+    std::byte* receive = reserve_announced(c.receive_, received, comm.name());
     keep_buffer_on_error(send_buffer, [&] {
       comm.all_to_all_v(send, send_bytes, receive, receive_bytes, purpose_of(out.direction));
     });

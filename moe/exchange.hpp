@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -70,7 +71,10 @@ struct RowsOut {
   at::Tensor attachment;                  ///< uint8 [sum(attachment_bytes)]; undefined: none
   std::vector<int64_t> attachment_bytes;  ///< [ranks]: plan or gradients sent in front of the rows
   std::vector<int64_t> expected_rows;  ///< [ranks * groups] that must come; empty: whatever comes
-  int64_t raw_rows = 0;                ///< rows of the plan for other ranks, for bytes_raw
+  /// Bytes of attachment that must come from `rank` with so many rows and assignments, -1 where
+  /// there are no such rows; null: none.
+  std::function<int64_t(int64_t rank, int64_t rows, int64_t assignments)> attachment_due;
+  int64_t raw_rows = 0;  ///< rows of the plan for other ranks, for bytes_raw
   int64_t top_k = 0;
 };
 
@@ -96,8 +100,9 @@ class Exchange : public torch::CustomClassHolder {
                     std::shared_ptr<ExchangeStats> stats = nullptr);
 
   /// Encodes and swaps rows: sizes by one fixed all-to-all, everything in it checked against this
-  /// rank's own values, then one all-to-all-v. Collective over the expert group; none in a group of
-  /// one. Throws CommError naming the peer that disagrees.
+  /// rank's own values and against what is possible before anything is allocated, then one
+  /// all-to-all-v. Collective over the expert group; none in a group of one. Throws CommError
+  /// naming the peer that disagrees.
   [[nodiscard]] RowsIn swap(const RowsOut& out);
 
   /// Decodes row i of what came (by source rank, then group) into out[index[i]]. Local.

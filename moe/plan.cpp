@@ -35,6 +35,10 @@ int64_t take(const std::byte*& from, int64_t bytes) {
 int64_t PlanShape::id_bytes() const { return bytes_for(num_local_experts); }
 // A count is 1 .. min(top_k, num_local_experts) and travels less one.
 int64_t PlanShape::count_bytes() const { return bytes_for(std::min(top_k, num_local_experts)); }
+bool PlanShape::is_possible(int64_t rows, int64_t assignments) const {
+  const int64_t most = std::min(top_k, num_local_experts);
+  return rows >= 0 && assignments >= rows && (assignments + most - 1) / most <= rows;
+}
 int64_t PlanShape::wire_bytes(int64_t rows, int64_t assignments) const {
   return rows * count_bytes() +
          assignments * (id_bytes() + static_cast<int64_t>(at::elementSize(weight_dtype)));
@@ -149,7 +153,7 @@ ReceivePlan read_plans(std::span<const std::span<const std::byte>> wire,
   int64_t total_rows = 0, total = 0;
   for (std::size_t s = 0; s < wire.size(); ++s) {
     LSHMOE_VALIDATE(
-        rows[s] >= 0 && assignments[s] >= rows[s] && assignments[s] <= rows[s] * most &&
+        shape.is_possible(rows[s], assignments[s]) &&
             static_cast<int64_t>(wire[s].size()) == shape.wire_bytes(rows[s], assignments[s]),
         "the plan from ", source_names[s], " has ", wire[s].size(), " bytes for ", rows[s],
         " rows with ", assignments[s], " assignments (each row has 1 .. ", most,

@@ -27,6 +27,8 @@ struct PlanShape {
   [[nodiscard]] int64_t id_bytes() const;
   /// Bytes of a row's number of assignments on the wire: 1, 2 or 4.
   [[nodiscard]] int64_t count_bytes() const;
+  /// Whether `rows` rows can have `assignments` assignments: each 1 .. min(top_k, local experts).
+  [[nodiscard]] bool is_possible(int64_t rows, int64_t assignments) const;
   /// Bytes of a plan of `rows` rows with `assignments` assignments on the wire.
   [[nodiscard]] int64_t wire_bytes(int64_t rows, int64_t assignments) const;
 };

@@ -61,6 +61,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> dispatch
     }
   }
   out.raw_rows = sum_for_others(send.rows, own);
+  out.attachment_due = [&shape](int64_t, int64_t rows, int64_t assignments) {
+    return shape.is_possible(rows, assignments) ? shape.wire_bytes(rows, assignments) : -1;
+  };
   const RowsIn in = exchange->swap(out);
 
   ReceivePlan receive;
@@ -139,19 +142,18 @@ std::tuple<at::Tensor, at::Tensor> dispatch_backward_cpu(const at::Tensor& grad_
   out.attachment = grad_weights.view(at::kByte);
   const auto size = static_cast<int64_t>(at::elementSize(weight_dtype));
   for (const int64_t count : out.assignments) out.attachment_bytes.push_back(count * size);
+  out.attachment_due = [&send, size](int64_t rank, int64_t, int64_t assignments) {
+    const int64_t sent = send.assignments.const_data_ptr<int64_t>()[rank];
+    return assignments == sent ? sent * size : -1;
+  };
   const RowsIn in = exchange->swap(out);
 
   at::Tensor slot_grads = at::zeros({slots}, weight_dtype);
   auto* to = static_cast<std::byte*>(slot_grads.mutable_data_ptr());
   const auto* slot = send.slot.const_data_ptr<int64_t>();
   for (int64_t r = 0; r < context.ranks(); ++r) {
-    const auto attachment = in.attachment[static_cast<std::size_t>(r)];
+    const auto attachment = in.attachment[static_cast<std::size_t>(r)];  // as due
     const int64_t count = send.assignments.const_data_ptr<int64_t>()[r];
-    if (static_cast<int64_t>(attachment.size()) != count * size) {
-      throw CommError(detail::message(context.name_of_rank(r), " returns ", attachment.size(),
-                                      " bytes of weight gradients for ", count,
-                                      " assignments: the ranks are in different forwards"));
-    }
     for (int64_t a = 0; a < count; ++a) {
       std::memcpy(to + *slot++ * size, attachment.data() + a * size,
                   static_cast<std::size_t>(size));
