@@ -25,6 +25,8 @@ constexpr int kUpdates = 2;
 // bits only where it is large beside them, and half the bytes of bfloat16 are saved.
 constexpr double kBaseError = 0.005;
 
+constexpr const char* kDamaged = " (the ranks run different settings, or the bytes are damaged)";
+
 std::shared_ptr<Codec> base_codec(const CodecOptions& options, std::int64_t hidden) {
   return make_codec(CodecOptions(options)
                         .state("batch")
@@ -40,10 +42,12 @@ std::shared_ptr<Codec> base_codec(const CodecOptions& options, std::int64_t hidd
 void unpack_bases(LearnedState& state, const CodecOptions& options) {
   at::Tensor bytes = at::empty({static_cast<std::int64_t>(state.parcel.size())}, at::kByte);
   std::copy(state.parcel.begin(), state.parcel.end(), bytes.mutable_data_ptr<std::uint8_t>());
-  at::Tensor rows = at::empty({1 + state.centroids, state.hidden}, at::kFloat);
-  base_codec(options, state.hidden)
-      ->decode_into(rows, at::arange(rows.size(0), at::kLong), bytes, {bytes.numel()},
-                    {rows.size(0)});
+  // As many rows as the parcel has bytes for, whatever number of centroids was announced.
+  const at::Tensor rows = base_codec(options, state.hidden)->decode(bytes, {bytes.numel()}).rows;
+  LSHMOE_VALIDATE(rows.size(0) == 1 + state.centroids, "a learned state of ", state.centroids,
+                  " centroids holds ", rows.size(0), " rows (one more is expected)", kDamaged);
+  LSHMOE_VALIDATE(at::isfinite(rows).all().item<bool>(),
+                  "a learned state's centroids hold NaN or Inf", kDamaged);
   const float* values = rows.const_data_ptr<float>();
   state.bases.assign(values, values + rows.numel());
 }
@@ -67,12 +71,19 @@ void derive(LearnedState& state, const CodecOptions& options, std::span<const fl
     }
   }
   if (!state.basis.defined()) return;
+  // Before anything is solved with it: no element of an orthonormal basis is above 1, NaN is not
+  // below, and what hardly stretches or shrinks a row can be inverted.
   const at::Tensor exact = state.basis.to(at::kDouble);
-  state.inverse = at::linalg_inv(exact).to(at::kFloat).contiguous();
+  const double largest = exact.abs().max().item<double>();
+  LSHMOE_VALIDATE(largest < 1.1, "a learned basis has an element of ", largest,
+                  " (it is far from orthonormal)", kDamaged);
   const at::Tensor squared = at::linalg_eigvalsh(exact.matmul(exact.t()));
-  state.stretch = std::sqrt(squared.max().item<double>()) * (1 + 1e-9);
-  LSHMOE_VALIDATE(state.stretch < 1.1, "a learned basis stretches rows by ", state.stretch,
-                  " (it is far from orthonormal): its bytes are damaged");
+  const double least = squared.min().item<double>(), most = squared.max().item<double>();
+  LSHMOE_VALIDATE(least > 0.9 * 0.9 && most < 1.1 * 1.1,
+                  "a learned basis stretches the squares of rows by ", least, " to ", most,
+                  " (it is far from orthonormal)", kDamaged);
+  state.stretch = std::sqrt(most) * (1 + 1e-9);
+  state.inverse = at::linalg_inv(exact).to(at::kFloat).contiguous();
 }
 
 }  // namespace
@@ -220,9 +231,16 @@ std::vector<std::uint8_t> to_bytes(const LearnedState& state) {
   return bytes;
 }
 
+std::size_t most_state_bytes(std::int64_t hidden, const CodecOptions& options) {
+  // A parcel that explains itself takes no more than its rows whole, or it would hold those.
+  const auto n = static_cast<std::size_t>(hidden);
+  const auto rows = static_cast<std::size_t>(1 + options.codebook_size());
+  return kHead + ParcelHeader::kBytes + rows * 4 * n + channel_bytes(hidden) * order_count(hidden) +
+         (options.transform() == "basis" ? 2 * n * n : 0);
+}
+
 LearnedState state_from_bytes(std::span<const std::uint8_t> bytes, std::int64_t hidden,
                               const CodecOptions& options, std::span<const float> projection) {
-  constexpr const char* kDamaged = " (the ranks run different settings, or the bytes are damaged)";
   std::uint32_t head[kHeadWords] = {};
   LSHMOE_VALIDATE(bytes.size() >= kHead, "a learned state of ", bytes.size(), " bytes", kDamaged);
   std::memcpy(head, bytes.data(), kHead);
@@ -258,8 +276,6 @@ LearnedState state_from_bytes(std::span<const std::uint8_t> bytes, std::int64_t 
     at::Tensor basis = at::empty({hidden, hidden}, at::kBFloat16);
     std::memcpy(basis.mutable_data_ptr(), in, 2 * square);
     state.basis = basis.to(at::kFloat);
-    LSHMOE_VALIDATE(at::isfinite(state.basis).all().item<bool>(),
-                    "a learned basis holds NaN or Inf", kDamaged);
   }
   derive(state, options, projection);
   return state;

@@ -46,11 +46,14 @@ struct LearnedState {
                                      std::uint32_t version);
 
 /// The state as bytes, and back. from_bytes trusts nothing: throws InvalidArgument for anything
-/// that to_bytes did not write for this hidden size.
+/// that to_bytes did not write for this hidden size, before it takes memory for more than the bytes
+/// can hold.
 [[nodiscard]] std::vector<std::uint8_t> to_bytes(const LearnedState& state);
 [[nodiscard]] LearnedState state_from_bytes(std::span<const std::uint8_t> bytes,
                                             std::int64_t hidden, const CodecOptions& options,
                                             std::span<const float> projection);
+/// Bytes that no state of these options is larger than.
+[[nodiscard]] std::size_t most_state_bytes(std::int64_t hidden, const CodecOptions& options);
 
 /// Channels by falling energy, cut into bands, ascending within a band. Empty when there is one
 /// band only. energy [hidden].

@@ -186,14 +186,23 @@ class LshCodec final : public CpuCodec, public LshInternals {
     }
     std::uint64_t size = bytes.size();
     comm.broadcast(&size, sizeof size, kRoot, Purpose::codec_state);
-    LSHMOE_VALIDATE(size < (std::uint64_t{1} << 40), "a learned state of ", size,
-                    " bytes is announced (no such state exists): the bytes are damaged");
+    const std::size_t most = most_state_bytes(context().hidden_size, options());
+    LSHMOE_VALIDATE(size <= most, "a learned state of ", size,
+                    " bytes is announced (none of this "
+                    "codec has more than ",
+                    most,
+                    "): the ranks run different settings, or the "
+                    "bytes are damaged");
     bytes.resize(size);
     if (size > 0) {
       comm.broadcast(bytes.data(), size, kRoot, Purpose::codec_state);
+      LearnedState state = state_from_bytes(bytes, context().hidden_size, options(), projection_);
+      LSHMOE_VALIDATE(state.version == next_version(), "version ", state.version,
+                      " of a learned state came, this rank expects ", next_version(),
+                      " (the ranks refreshed at different steps, or the bytes are damaged): call "
+                      "refresh on all ranks alike");
       previous_ = std::move(current_);
-      current_ = std::make_shared<const LearnedState>(
-          state_from_bytes(bytes, context().hidden_size, options(), projection_));
+      current_ = std::make_shared<const LearnedState>(std::move(state));
       state_stats_.version = current_->version;
       state_stats_.centroids = current_->centroids;
       state_stats_.checksum = current_->checksum();
@@ -277,6 +286,10 @@ class LshCodec final : public CpuCodec, public LshInternals {
       at::Tensor bytes = at::empty({size}, at::kByte);
       std::copy(parcel.begin(), parcel.end(), static_cast<std::byte*>(bytes.mutable_data_ptr()));
       rows.push_back(codec->decode(bytes, {size}).rows.to(at::kFloat));
+      LSHMOE_VALIDATE(at::isfinite(rows.back()).all().template item<bool>(), "the rows that rank ",
+                      rows.size() - 1,
+                      " gives a learned state hold NaN or Inf (no rank sends "
+                      "them): the bytes are damaged");
     }
     return at::cat(rows);
   }
