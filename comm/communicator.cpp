@@ -1,5 +1,9 @@
 #include "lshmoe/comm/communicator.hpp"
 
+#include <numeric>
+
+#include "lshmoe/comm/cuda/staging.hpp"
+#include "lshmoe/comm/keep_buffer.hpp"
 #include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
@@ -36,6 +40,9 @@ std::string_view name_of(Purpose purpose) {
   return "unknown";
 }
 
+Communicator::Communicator() = default;
+Communicator::~Communicator() = default;
+
 std::shared_ptr<Communicator> Communicator::split(int color, int key, const std::string& name) {
   LSHMOE_VALIDATE(color >= 0, "color ", color, " of split '", name,
                   "' is negative (every rank joins a group): number the groups from 0");
@@ -54,9 +61,21 @@ void Communicator::all_reduce(std::span<std::int64_t> data, ReduceOp op, Purpose
   do_all_reduce(data.data(), data.size(), Element::i64, op, purpose);
 }
 
+void Communicator::all_reduce(std::span<float> data, Purpose purpose, DeviceStream stream) {
+  do_device_all_reduce(data.data(), data.size(), Element::f32, purpose, stream);
+}
+void Communicator::all_reduce(std::span<double> data, Purpose purpose, DeviceStream stream) {
+  do_device_all_reduce(data.data(), data.size(), Element::f64, purpose, stream);
+}
+
 void Communicator::broadcast(void* data, std::size_t bytes, int root, Purpose purpose) {
   check_root(*this, root);
   do_broadcast(data, bytes, root, purpose);
+}
+void Communicator::broadcast(void* data, std::size_t bytes, int root, Purpose purpose,
+                             DeviceStream stream) {
+  check_root(*this, root);
+  do_device_broadcast(data, bytes, root, purpose, stream);
 }
 
 std::vector<std::vector<std::byte>> Communicator::gather(std::span<const std::byte> data, int root,
@@ -73,6 +92,19 @@ void Communicator::all_to_all(const void* send, void* recv, std::size_t bytes_pe
 void Communicator::all_to_all_v(const void* send, std::span<const std::int64_t> send_bytes,
                                 void* recv, std::span<const std::int64_t> recv_bytes,
                                 Purpose purpose) {
+  check_sizes(send_bytes, recv_bytes);
+  do_all_to_all_v(send, send_bytes, recv, recv_bytes, purpose);
+}
+
+void Communicator::all_to_all_v(const void* send, std::span<const std::int64_t> send_bytes,
+                                void* recv, std::span<const std::int64_t> recv_bytes,
+                                Purpose purpose, DeviceStream stream) {
+  check_sizes(send_bytes, recv_bytes);
+  do_device_all_to_all_v(send, send_bytes, recv, recv_bytes, purpose, stream);
+}
+
+void Communicator::check_sizes(std::span<const std::int64_t> send_bytes,
+                               std::span<const std::int64_t> recv_bytes) const {
   const auto ranks = static_cast<std::size_t>(size());
   LSHMOE_VALIDATE(send_bytes.size() == ranks && recv_bytes.size() == ranks, "all_to_all_v got ",
                   send_bytes.size(), " send and ", recv_bytes.size(), " receive sizes on '", name(),
@@ -86,7 +118,45 @@ void Communicator::all_to_all_v(const void* send, std::span<const std::int64_t> 
   LSHMOE_VALIDATE(send_bytes[own] == recv_bytes[own], "all_to_all_v sends ", send_bytes[own],
                   " bytes to its own rank but expects ", recv_bytes[own],
                   " from it: both sizes must be equal");
-  do_all_to_all_v(send, send_bytes, recv, recv_bytes, purpose);
+}
+
+cuda::Staging& Communicator::staging() {
+  if (!staging_) staging_ = std::make_unique<cuda::Staging>();
+  return *staging_;
+}
+
+void Communicator::do_device_all_reduce(void* data, std::size_t count, Element element,
+                                        Purpose purpose, DeviceStream stream) {
+  const std::size_t bytes = count * (element == Element::f32 ? sizeof(float) : sizeof(double));
+  cuda::Staging& staged = staging();
+  std::byte* host = staged.to_host(data, bytes, stream.handle);
+  keep_buffer_on_error(staged.outgoing(),
+                       [&] { do_all_reduce(host, count, element, ReduceOp::sum, purpose); });
+  staged.to_device(data, host, bytes, stream.handle);
+}
+
+void Communicator::do_device_broadcast(void* data, std::size_t bytes, int root, Purpose purpose,
+                                       DeviceStream stream) {
+  cuda::Staging& staged = staging();
+  const bool sends = rank() == root;
+  std::byte* host = sends ? staged.to_host(data, bytes, stream.handle) : staged.room(bytes);
+  keep_buffer_on_error(staged.outgoing(), [&] { do_broadcast(host, bytes, root, purpose); });
+  if (!sends) staged.to_device(data, host, bytes, stream.handle);
+}
+
+void Communicator::do_device_all_to_all_v(const void* send,
+                                          std::span<const std::int64_t> send_bytes, void* recv,
+                                          std::span<const std::int64_t> recv_bytes, Purpose purpose,
+                                          DeviceStream stream) {
+  const auto total = [](std::span<const std::int64_t> bytes) {
+    return static_cast<std::size_t>(std::accumulate(bytes.begin(), bytes.end(), std::int64_t{0}));
+  };
+  cuda::Staging& staged = staging();
+  const std::byte* from = staged.to_host(send, total(send_bytes), stream.handle);
+  std::byte* to = staged.room(total(recv_bytes));
+  keep_buffer_on_error(staged.outgoing(),
+                       [&] { do_all_to_all_v(from, send_bytes, to, recv_bytes, purpose); });
+  staged.to_device(recv, to, total(recv_bytes), stream.handle);
 }
 
 Traffic Communicator::traffic(Purpose purpose) const {

@@ -1,5 +1,5 @@
 #pragma once
-// Bytes between ranks: the interface every backend implements (self, mpi; later nccl).
+// Bytes between ranks: the interface every backend implements (self, mpi, nccl).
 //
 // Every member function that is marked collective must be called by all ranks of the communicator
 // in the same order with the same purpose; a rank that does otherwise makes the others throw
@@ -10,6 +10,12 @@
 // Timeout when a peer did not come. After the last two the communicator is dead: each later
 // collective on it throws CommError at once, and the buffers of the failed call must stay allocated
 // as long as the process goes on using MPI.
+//
+// Overloads that take a DeviceStream work on memory of the current CUDA device, after what was
+// queued on that stream before. They return when the data has arrived, or its last copy is queued
+// on the stream; so the deadline holds for them too. nccl moves device memory itself; the other
+// backends stage it through pinned memory. They throw CudaError too, and NotConfigured in a build
+// without CUDA.
 
 #include <array>
 #include <cstddef>
@@ -21,7 +27,18 @@
 #include <type_traits>
 #include <vector>
 
+#include "lshmoe/kernels/cuda/stream.hpp"
+
 namespace lshmoe {
+
+namespace cuda {
+class Staging;
+}
+
+/// The CUDA stream of a collective on device memory; null is the default stream.
+struct DeviceStream {
+  kernels::cuda::Stream handle = nullptr;
+};
 
 /// What a transfer is for; bytes and calls are counted apart for each.
 enum class Purpose : std::uint8_t {
@@ -54,7 +71,7 @@ class Communicator {
  public:
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
-  virtual ~Communicator() = default;
+  virtual ~Communicator();
 
   /// Rank of this process in this communicator, 0 .. size()-1. Local.
   [[nodiscard]] virtual int rank() const = 0;
@@ -64,7 +81,7 @@ class Communicator {
   [[nodiscard]] virtual int world_rank(int rank) const = 0;
   /// Name for error texts, e.g. "world", "world/expert". Local.
   [[nodiscard]] virtual const std::string& name() const = 0;
-  /// "self" or "mpi". Local.
+  /// "self", "mpi" or "nccl". Local.
   [[nodiscard]] virtual std::string_view backend() const = 0;
   /// Name of the host that this communicator's rank `rank` runs on; equal on ranks that share
   /// memory. Local.
@@ -85,9 +102,16 @@ class Communicator {
   void all_reduce(std::span<double> data, ReduceOp op, Purpose purpose);
   void all_reduce(std::span<std::int64_t> data, ReduceOp op, Purpose purpose);
 
+  /// Sum over all ranks, of device memory; the same order, so the same bits as the functions above
+  /// give. Collective; all ranks pass the same count.
+  void all_reduce(std::span<float> data, Purpose purpose, DeviceStream stream);
+  void all_reduce(std::span<double> data, Purpose purpose, DeviceStream stream);
+
   /// Copies `bytes` bytes from `root` to all ranks; `bytes` is the same on all. Host memory.
   /// Collective.
   void broadcast(void* data, std::size_t bytes, int root, Purpose purpose);
+  /// The same of device memory. Collective.
+  void broadcast(void* data, std::size_t bytes, int root, Purpose purpose, DeviceStream stream);
 
   /// Every rank's bytes on `root`, in rank order; sizes may differ. Empty on the other ranks.
   /// Collective.
@@ -105,6 +129,10 @@ class Communicator {
   /// come.
   void all_to_all_v(const void* send, std::span<const std::int64_t> send_bytes, void* recv,
                     std::span<const std::int64_t> recv_bytes, Purpose purpose);
+  /// The same of device memory. nccl cannot see whether the ranks agree about the sizes, and ends
+  /// in Timeout or with wrong bytes where they do not: exchange the sizes first. Collective.
+  void all_to_all_v(const void* send, std::span<const std::int64_t> send_bytes, void* recv,
+                    std::span<const std::int64_t> recv_bytes, Purpose purpose, DeviceStream stream);
 
   /// Traffic of this process through this communicator since it was made. Local.
   [[nodiscard]] Traffic traffic(Purpose purpose) const;
@@ -115,7 +143,7 @@ class Communicator {
   [[nodiscard]] virtual double timeout_seconds() const = 0;
 
  protected:
-  Communicator() = default;
+  Communicator();
 
   enum class Element : std::uint8_t { f32, f64, i64 };
 
@@ -133,10 +161,24 @@ class Communicator {
                                void* recv, std::span<const std::int64_t> recv_bytes,
                                Purpose purpose) = 0;
 
+  // The same of device memory. Here: through pinned memory and the functions above.
+  virtual void do_device_all_reduce(void* data, std::size_t count, Element element, Purpose purpose,
+                                    DeviceStream stream);
+  virtual void do_device_broadcast(void* data, std::size_t bytes, int root, Purpose purpose,
+                                   DeviceStream stream);
+  virtual void do_device_all_to_all_v(const void* send, std::span<const std::int64_t> send_bytes,
+                                      void* recv, std::span<const std::int64_t> recv_bytes,
+                                      Purpose purpose, DeviceStream stream);
+
   /// The counter a backend adds to.
   Traffic& counter(Purpose purpose) { return traffic_[static_cast<std::size_t>(purpose)]; }
 
  private:
+  void check_sizes(std::span<const std::int64_t> send_bytes,
+                   std::span<const std::int64_t> recv_bytes) const;
+  cuda::Staging& staging();
+
+  std::unique_ptr<cuda::Staging> staging_;  // made when first needed
   std::array<Traffic, static_cast<std::size_t>(Purpose::count_)> traffic_{};
 };
 

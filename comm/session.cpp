@@ -1,12 +1,16 @@
 #include "lshmoe/comm/session.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <string>
 #include <string_view>
+#include <vector>
 
+#include "lshmoe/comm/cuda/device.hpp"
 #include "lshmoe/comm/mpi/job.hpp"
 #include "lshmoe/comm/self/self.hpp"
 #include "lshmoe/runtime/error.hpp"
@@ -31,6 +35,62 @@ void refuse_many_worlds_of_one(bool started_by_mpirun) {
       "SLURM_NTASKS is ", tasks,
       " but this process is alone (srun gave it no MPI, so each task would train by itself): start "
       "with mpirun or srun --mpi=pmix, or unset SLURM_NTASKS for a run of one process"));
+}
+
+// What a rank says of its GPUs.
+struct Seen {
+  std::int32_t count = 0;
+  std::int32_t index = -1;  // the one it would take
+  std::array<std::uint8_t, 16> uuid{};
+  std::array<char, 128> why_none{};
+};
+
+Seen look_for_gpu(int local_rank, bool share_gpu) {
+  Seen seen;
+  const cuda::VisibleDevices devices = cuda::visible_devices();
+  seen.count = devices.count;
+  if (seen.count > local_rank || (seen.count > 1 && share_gpu)) {
+    seen.index = local_rank % seen.count;
+  } else if (seen.count == 1) {
+    seen.index = 0;  // perhaps another GPU than its neighbours see
+  }
+  std::string why = devices.why_none;
+  try {
+    if (seen.index >= 0) seen.uuid = cuda::device_uuid(seen.index);
+  } catch (const Error& error) {
+    why = error.what();
+    seen.count = 0;
+  }
+  std::strncpy(seen.why_none.data(), why.c_str(), seen.why_none.size() - 1);
+  return seen;
+}
+
+// What is wrong with the ranks' choices; the same on every rank. Empty: nothing.
+std::string problem_of(const Communicator& world, const std::vector<Seen>& all, bool share_gpu) {
+  for (int rank = 0; rank < world.size(); ++rank) {
+    const Seen& seen = all[static_cast<std::size_t>(rank)];
+    if (seen.count == 0) {
+      return detail::message("no GPU for rank ", rank, " on ", world.host(rank), " (",
+                             seen.why_none.data(), "): use --device cpu, or a machine with GPUs");
+    }
+    int ranks = 0;
+    std::vector<std::array<std::uint8_t, 16>> gpus;
+    for (int other = 0; other < world.size(); ++other) {
+      if (world.host(other) != world.host(rank)) continue;
+      ++ranks;
+      const Seen& theirs = all[static_cast<std::size_t>(other)];
+      if (theirs.index >= 0 && std::find(gpus.begin(), gpus.end(), theirs.uuid) == gpus.end()) {
+        gpus.push_back(theirs.uuid);
+      }
+    }
+    if (!share_gpu && static_cast<int>(gpus.size()) < ranks) {
+      return detail::message(world.host(rank), " has ", gpus.size(), " GPUs for its ", ranks,
+                             " ranks (each rank takes one of its own): start ", gpus.size(),
+                             " ranks a host, or let them share one (--share-gpu, with the mpi "
+                             "backend)");
+    }
+  }
+  return {};
 }
 
 std::string_view first_line(std::string_view text) { return text.substr(0, text.find('\n')); }
@@ -89,6 +149,25 @@ Session::~Session() {
 
 std::shared_ptr<Communicator> Session::world() const { return impl_->world; }
 int Session::local_rank() const { return impl_->local_rank; }
+
+DeviceChoice Session::choose_device(bool share_gpu) const {
+  Communicator& world = *impl_->world;
+  const Seen mine = look_for_gpu(impl_->local_rank, share_gpu);
+  const std::vector<Seen> all = all_gather(world, mine, Purpose::control);
+  DeviceChoice choice;
+  choice.problem = problem_of(world, all, share_gpu);
+  if (!choice.problem.empty()) return choice;
+  choice.index = mine.index;
+  cuda::use_device(choice.index);
+  return choice;
+}
+
+int Session::select_device(bool share_gpu) const {
+  DeviceChoice choice = choose_device(share_gpu);
+  if (choice.problem.empty()) return choice.index;
+  if (!cuda::configured()) throw NotConfigured(choice.problem);
+  throw InvalidArgument(choice.problem);
+}
 
 int Session::run(const std::function<int()>& body) {
   try {

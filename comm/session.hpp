@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <memory>
+#include <string>
 
 #include "lshmoe/comm/communicator.hpp"
 
@@ -10,6 +11,12 @@ namespace lshmoe {
 
 struct SessionOptions {
   double timeout_seconds = 300.0;  ///< see Communicator::timeout_seconds
+};
+
+/// The GPU of a rank, or why it has none.
+struct DeviceChoice {
+  int index = -1;       ///< among the GPUs that this process sees; -1: none
+  std::string problem;  ///< why none, and what to do: the same text on all ranks; else empty
 };
 
 /// Owns the process's part in the job. Make one, first thing in main, and let it live until the
@@ -42,6 +49,15 @@ class Session {
   [[nodiscard]] std::shared_ptr<Communicator> world() const;
   /// Rank among the ranks of this host (the GPU to take), from 0. Local.
   [[nodiscard]] int local_rank() const;
+
+  /// The GPU for this rank, made the current device of the calling thread: number local_rank() of
+  /// those that the process sees, or the one that it sees (a launcher may show each rank its own).
+  /// Ranks of a host take different GPUs; with `share_gpu` several may take the same. Where one
+  /// rank finds none, no rank gets one, and all are told the same problem. Collective over the
+  /// world.
+  [[nodiscard]] DeviceChoice choose_device(bool share_gpu = false) const;
+  /// The same; throws the problem, as NotConfigured in a build without CUDA, else InvalidArgument.
+  [[nodiscard]] int select_device(bool share_gpu = false) const;
 
   /// The one catch a program's main needs: returns body(); if it throws, logs the error in one line
   /// and ends all ranks with exit code 1. Alone (world of 1) it returns 1 instead. Local.

@@ -49,3 +49,25 @@ else()
     message(FATAL_ERROR "lshmoe: LSHMOE_CUDA=ON, but ${LSHMOE_CUDA_REASON}")
   endif()
 endif()
+
+# NCCL: that of the torch wheel, which libtorch_cuda loads anyway; else the toolkit's.
+set(LSHMOE_WITH_NCCL OFF)
+if(LSHMOE_WITH_CUDA)
+  set(_lshmoe_nccl_places "${LibTorch_LIBRARY_DIR}/../../nvidia/nccl" ${CUDAToolkit_LIBRARY_ROOT}
+      ${CUDAToolkit_TARGET_DIR})
+  find_path(LSHMOE_NCCL_INCLUDE_DIR nccl.h HINTS ${_lshmoe_nccl_places} PATH_SUFFIXES include)
+  find_library(LSHMOE_NCCL_LIBRARY NAMES libnccl.so.2 nccl HINTS ${_lshmoe_nccl_places}
+    PATH_SUFFIXES lib lib64)
+  mark_as_advanced(LSHMOE_NCCL_INCLUDE_DIR LSHMOE_NCCL_LIBRARY)
+  if(LSHMOE_NCCL_INCLUDE_DIR AND LSHMOE_NCCL_LIBRARY)
+    set(LSHMOE_WITH_NCCL ON)
+    # Without .. in it: it becomes a run path.
+    get_filename_component(LSHMOE_NCCL_LIBRARY_DIR "${LSHMOE_NCCL_LIBRARY}" REALPATH)
+    get_filename_component(LSHMOE_NCCL_LIBRARY_DIR "${LSHMOE_NCCL_LIBRARY_DIR}" DIRECTORY)
+    set(LSHMOE_NCCL_REASON "${LSHMOE_NCCL_LIBRARY_DIR}")
+  else()
+    set(LSHMOE_NCCL_REASON "nccl.h or libnccl.so.2 not found in ${_lshmoe_nccl_places}: pip install nvidia-nccl-cu13, or set LSHMOE_NCCL_INCLUDE_DIR and LSHMOE_NCCL_LIBRARY")
+  endif()
+else()
+  set(LSHMOE_NCCL_REASON "no CUDA")
+endif()

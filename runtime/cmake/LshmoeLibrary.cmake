@@ -13,6 +13,9 @@ if(LSHMOE_WITH_CUDA)
 else()
   set(_lshmoe_torch LibTorch::cpu)
 endif()
+if(LSHMOE_WITH_NCCL)
+  list(APPEND _lshmoe_cuda "${LSHMOE_NCCL_LIBRARY_DIR}/libnccl.so.2")
+endif()
 target_link_libraries(lshmoe
   PUBLIC ${_lshmoe_torch}
   PRIVATE $<BUILD_INTERFACE:lshmoe_flags> ${_lshmoe_cuda} MPI::MPI_CXX Boost::program_options spdlog::spdlog Threads::Threads)
@@ -21,7 +24,7 @@ target_include_directories(lshmoe PUBLIC
 target_compile_features(lshmoe PUBLIC cxx_std_20)
 set_target_properties(lshmoe PROPERTIES
   VERSION ${PROJECT_VERSION} SOVERSION ${PROJECT_VERSION_MAJOR} LINKER_LANGUAGE CXX
-  INSTALL_RPATH "$ORIGIN;${LibTorch_LIBRARY_DIR}")
+  INSTALL_RPATH "$ORIGIN;${LibTorch_LIBRARY_DIR};${LSHMOE_NCCL_LIBRARY_DIR}")
 # Symbols missing at link time are found here and not by the first user.
 target_link_options(lshmoe PRIVATE LINKER:--no-undefined)
 
