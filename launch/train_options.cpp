@@ -90,6 +90,14 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
           "steps between evaluations on held-out text; 0: only after the last step")(
           "seed", value<int64_t>(o.seed, 0),
           "of parameters, data order and codec, each its own stream");
+  parser.group("launch: study")
+      .add_options()("study", po::bool_switch(&o.study),
+                     "train once for each setting and seed, and compare loss, bytes, time and the "
+                     "codec's noise; --metrics gets an object a run")(
+          "study-seeds", value<int64_t>(o.study_seeds, 3), "seeds: --seed and those after it")(
+          "study-setting", po::value(&o.study_setting)->composing()->value_name("OPTIONS"),
+          "the codec's options and --capacity-factor of one setting, in one argument; repeatable, "
+          "the first is the reference (default: 17 settings of about equal bytes in groups)");
   parser.group("launch: output")
       .add_options()("metrics", po::value(&o.metrics)->value_name("FILE"),
                      "one JSON object a step (rank 0)")(
@@ -160,6 +168,32 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
           "the same for the two backward exchanges; default: as forward")(
           "codec-on-self", po::bool_switch(&o.codec_on_self),
           "rows for the own rank pass the codec too");
+}
+
+void use_codec_of(const TrainOptions& from, TrainOptions& to) {
+  to.compress = from.compress;
+  to.compress_backward = from.compress_backward;
+  to.restore = from.restore;
+  to.error_reference = from.error_reference;
+  to.error_reference_backward = from.error_reference_backward;
+  to.rounding = from.rounding;
+  to.rounding_backward = from.rounding_backward;
+  to.max_error = from.max_error;
+  to.max_error_backward = from.max_error_backward;
+  to.alpha = from.alpha;
+  to.codec_state = from.codec_state;
+  to.transform = from.transform;
+  to.codebook_size = from.codebook_size;
+  to.refresh_every = from.refresh_every;
+  to.sample_rows = from.sample_rows;
+  to.alpha_probes = from.alpha_probes;
+  to.refine = from.refine;
+  to.max_clusters = from.max_clusters;
+  to.hashes = from.hashes;
+  to.hash_dim = from.hash_dim;
+  to.projection = from.projection;
+  to.estimate_alpha = from.estimate_alpha;
+  to.codec_on_self = from.codec_on_self;
 }
 
 TextOptions text_options(const TrainOptions& o) {

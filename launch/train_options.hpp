@@ -35,6 +35,10 @@ struct TrainOptions {
   int64_t steps, batch_size, warmup_steps, eval_every, seed;
   double lr, min_lr, weight_decay, clip_grad;
 
+  bool study;
+  int64_t study_seeds;
+  std::vector<std::string> study_setting;
+
   std::string metrics, trace;
   int64_t progress;
   double timeout;
@@ -42,6 +46,9 @@ struct TrainOptions {
 
 /// Adds all options, grouped by the folder they belong to. `options` must outlive the parsing.
 void add_train_options(OptionParser& parser, TrainOptions& options);
+
+/// Gives `to` the codec (every option of the group "compress") of `from`.
+void use_codec_of(const TrainOptions& from, TrainOptions& to);
 
 /// What the options say about text and model.
 [[nodiscard]] TextOptions text_options(const TrainOptions& options);

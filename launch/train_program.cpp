@@ -7,6 +7,7 @@
 #include <string>
 
 #include "lshmoe/comm/session.hpp"
+#include "lshmoe/launch/study.hpp"
 #include "lshmoe/launch/trainer.hpp"
 #include "lshmoe/runtime/error.hpp"
 #include "lshmoe/runtime/log.hpp"
@@ -62,6 +63,7 @@ void run(Session& session, const TrainOptions& options, const OpenData& open_dat
   std::optional<TraceSession> trace;
   together(*world, [&] {
     validate(options, world->size());
+    if (options.study) validate_study(options, world->size());
     data = open_data(options);
     if (!options.trace.empty()) {
       trace.emplace(trace_path(options.trace, world->rank(), world->size()));
@@ -70,7 +72,12 @@ void run(Session& session, const TrainOptions& options, const OpenData& open_dat
   check_same_data(*world, *data);
   const ExpertGroups groups = make_expert_groups(world, effective_ep_size(options, world->size()));
   try {
-    train(options, groups, *data, [&] { return stop.requested(); });
+    const auto stop_requested = [&] { return stop.requested(); };
+    if (options.study) {
+      study(options, groups, open_data, stop_requested);
+    } else {
+      train(options, groups, *data, stop_requested);
+    }
   } catch (const NotFinite& error) {
     throw AgreedError(error.what());
   }

@@ -129,6 +129,14 @@ Trainer::Trainer(const TrainOptions& options, const ExpertGroups& groups, const 
       reducer_(groups, *model_),
       optimiser_(make_optimiser(options, *model_)) {}
 
+LanguageModelOutput Trainer::accumulate(int64_t step) {
+  model_->train();
+  const int64_t first = groups_.world->rank() * options_.batch_size;
+  LanguageModelOutput out = model_->forward(data_.train_windows(step, first, options_.batch_size));
+  (out.loss + out.aux_loss + out.z_loss).backward();
+  return out;
+}
+
 StepReport Trainer::step(bool stop) {
   RECORD_FUNCTION("lshmoe::step", std::vector<c10::IValue>{});
   Clock whole, phase;
@@ -136,11 +144,7 @@ StepReport Trainer::step(bool stop) {
   report.step = ++step_;
   report.lr = learning_rate(options_, step_);
 
-  model_->train();
-  const int64_t first = groups_.world->rank() * options_.batch_size;
-  const LanguageModelOutput out =
-      model_->forward(data_.train_windows(step_, first, options_.batch_size));
-  (out.loss + out.aux_loss + out.z_loss).backward();
+  const LanguageModelOutput out = accumulate(step_);
 
   phase.lap();
   reducer_.reduce();
@@ -244,6 +248,38 @@ double Trainer::evaluate() {
   }
   groups_.world->all_reduce(std::span(sums), ReduceOp::sum, Purpose::control);
   return sums[0] / sums[1];
+}
+
+Gradient Trainer::gradient(int64_t step) {
+  optimiser_->zero_grad(/*set_to_none=*/false);
+  accumulate(step);
+  reducer_.reduce();
+  const auto flat = [](const std::vector<at::Tensor>& parameters) {
+    std::vector<at::Tensor> parts;
+    for (const at::Tensor& p : parameters) parts.push_back(p.grad().reshape({-1}));
+    return parts.empty() ? at::zeros({0}) : at::cat(parts);
+  };
+  Gradient gradient = {flat(reducer_.shared_parameters()), flat(reducer_.expert_parameters())};
+  optimiser_->zero_grad(/*set_to_none=*/false);
+  return gradient;
+}
+
+double Trainer::squared_norm(const Gradient& gradient) const {
+  const auto of = [](const at::Tensor& flat) {
+    return flat.to(at::kDouble).square().sum().item<double>();
+  };
+  double experts = of(gradient.experts);
+  groups_.expert->all_reduce(std::span(&experts, 1), ReduceOp::sum, Purpose::control);
+  return of(gradient.shared) + experts;
+}
+
+void Trainer::copy_model(const Trainer& from) {
+  const at::NoGradGuard no_grad;
+  const auto copy = [](const std::vector<at::Tensor>& to, const std::vector<at::Tensor>& source) {
+    for (std::size_t i = 0; i < to.size(); ++i) to[i].copy_(source[i]);
+  };
+  copy(model_->parameters(), from.model_->parameters());
+  copy(model_->buffers(), from.model_->buffers());
 }
 
 int64_t Trainer::num_parameters() {

@@ -57,6 +57,11 @@ class NotFinite : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+/// A gradient of the whole model, as one rank holds it: flat, fp32.
+struct Gradient {
+  at::Tensor shared, experts;
+};
+
 /// A model, its optimiser, and where they stand. Every member function is collective over the
 /// world, if it does not say otherwise.
 class Trainer {
@@ -71,6 +76,14 @@ class Trainer {
   /// Mean loss over the held-out windows, nats; the same windows whatever the layout.
   [[nodiscard]] double evaluate();
 
+  /// The gradient on the batch of `step`, reduced, not clipped. Changes neither parameters nor
+  /// learned state.
+  [[nodiscard]] Gradient gradient(int64_t step);
+  /// Over the whole model: shared parameters once, the experts of all ranks of the group.
+  [[nodiscard]] double squared_norm(const Gradient& gradient) const;
+  /// Takes parameters and buffers of a trainer of the same model and layout. Local.
+  void copy_model(const Trainer& from);
+
   /// See LanguageModelImpl::state_stats. Local.
   [[nodiscard]] std::vector<StateStats> state_stats(Direction direction) const {
     return model_->state_stats(direction);
@@ -81,6 +94,9 @@ class Trainer {
   [[nodiscard]] int64_t tokens_per_step() const;
 
  private:
+  /// Forward and backward of the batch of `step`: gradients are added, not yet reduced.
+  LanguageModelOutput accumulate(int64_t step);
+
   TrainOptions options_;
   ExpertGroups groups_;
   const DataSource& data_;

@@ -133,6 +133,11 @@ class BadInput(TrainTest):
             ([*text, "--metrics", "/nonexistent/m.jsonl"], r"cannot write metrics to '/nonexistent/"),
             ([*text, "--trace", "/nonexistent/t.json"], r"cannot write a trace to '/nonexistent/"),
             (["--data", self.write("short.txt", "short")], r"more text or a smaller --seq-len"),
+            ([*text, "--study", "--study-seeds", "0"], r"study-seeds is 0 .*at least 1"),
+            ([*text, "--study", "--study-setting", "--compress zip"],
+             r"study-setting '--compress zip': .*'zip'"),
+            ([*text, "--study", "--study-setting", "--compres int8"],
+             r"study-setting '--compres int8': unknown option 'compres'.*--compress"),
         ])
 
     def test_ranks(self):
@@ -223,6 +228,50 @@ class Files(TrainTest):
         output = self.train(["--config", config, "--steps", "2"])
         self.assertIn("compress lsh, 2 steps", output)
         self.assertIn("step 2/2", output)
+
+
+class Study(TrainTest):
+    SETTINGS = ["--compress none", "--compress none --max-error 0.5", "--compress bf16",
+                "--compress lsh --max-error 0.3", "--compress bf16 --capacity-factor 0.5"]
+
+    def test_study(self):
+        asked = [word for setting in self.SETTINGS for word in ("--study-setting", setting)]
+        output = self.train(["--steps", "6", "--seed", "4", "--study", "--study-seeds", "2", *asked, "--metrics",
+                             self.path("s.jsonl")], ranks=2, limit=120)
+        runs = self.metrics("s.jsonl")
+        self.assertEqual([(run["seed"], run["setting"]) for run in runs],
+                         [(seed, setting) for seed in (4, 5) for setting in self.SETTINGS])
+        for none, same, bf16, lsh, dropping in (runs[:5], runs[5:]):
+            # fp32 rows, ids and weights: a little over twice bf16's bytes.
+            self.assertTrue(2 < none["share"] < 2.6)
+            self.assertEqual(none["share"], none["bytes_sent"] / none["bytes_raw"])
+            for run in (none, same, bf16, lsh, dropping):
+                self.assertEqual(run["bytes_bf16_reference"], none["bytes_raw"])
+                self.assertEqual(run["steps"], 6)
+                self.assertGreater(run["step_ms"], run["codec_ms"])
+                self.assertGreater(run["batch_noise"], 0)
+            self.assertLess(dropping["share"], 0.7 * bf16["share"])
+            self.assertLess(lsh["share"], 0.5 * bf16["share"])
+            self.assertEqual(none["eval_loss"], same["eval_loss"])
+            self.assertEqual(none["codec_noise"], 0)
+            self.assertTrue(0 < bf16["codec_noise"] < 0.01 * lsh["codec_noise"])
+            for run in (bf16, lsh, dropping):
+                self.assertLessEqual(run["codec_bias"], run["codec_noise"])
+        # A run of the study is the run that its options give.
+        self.train(["--steps", "6", "--seed", "5", *self.SETTINGS[3].split(), "--metrics",
+                    self.path("m.jsonl")], ranks=2)
+        self.assertEqual(self.metrics()[-1]["eval_loss"], runs[8]["eval_loss"])
+        self.assertEqual(sum(line["bytes_sent"] for line in self.metrics()), runs[8]["bytes_sent"])
+        # The table: a line a setting, with the mean over the seeds.
+        for i, setting in enumerate(self.SETTINGS):
+            line, = [line for line in output.splitlines()
+                     if line.endswith("  " + setting) and not line.startswith("seed")]
+            cells = line.split()
+            losses = [runs[i]["eval_loss"], runs[i + 5]["eval_loss"]]
+            self.assertEqual(cells[1], f"{sum(losses) / 2:.4f}")
+            self.assertEqual(cells[2], f"({min(losses):.4f}-{max(losses):.4f})")
+            share = 100 * (runs[i]["share"] + runs[i + 5]["share"]) / 2
+            self.assertAlmostEqual(float(cells[0]), share, delta=0.051)
 
 
 class Failures(TrainTest):

@@ -380,6 +380,29 @@ TEST(Trainer, TimesAreParts) {
   }
 }
 
+TEST(Trainer, GradientIsThatOfTheStep) {
+  const Sequences data;
+  const auto groups = make_expert_groups(world());
+  for (const char* codec : {"none", "lsh"}) {
+    Trainer trainer = make_trainer(options({"--compress", codec}), groups, data);
+    const Gradient first = trainer.gradient(1), again = trainer.gradient(1);
+    const double norm = std::sqrt(trainer.squared_norm(first));
+    EXPECT_TRUE(first.shared.equal(again.shared) && first.experts.equal(again.experts));
+    const StepReport step = trainer.step(false);  // clips after the norm was taken
+    EXPECT_NEAR(norm, step.grad_norm, 1e-6 * norm);
+    EXPECT_GT(norm, 0);
+
+    // The same model in another trainer has the same gradient, and had another one before.
+    Trainer other = make_trainer(options({"--compress", codec, "--seed", "5"}), groups, data);
+    const Gradient here = trainer.gradient(2), before = other.gradient(2);
+    EXPECT_FALSE(here.shared.equal(before.shared));
+    other.copy_model(trainer);
+    if (codec == std::string("none")) {
+      EXPECT_TRUE(here.shared.equal(other.gradient(2).shared));
+    }
+  }
+}
+
 TEST(Trainer, OneRanksStopStopsAll) {
   const Sequences data;
   Trainer trainer = make_trainer(options(), make_expert_groups(world()), data);
