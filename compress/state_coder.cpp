@@ -30,7 +30,7 @@ StateCoder<T>::StateCoder(const LearnedState& state, StepCode steps, const Codec
 template <class T>
 double StateCoder<T>::coefficient_bound(double bound, double norm) const {
   const double products = 4.0 * static_cast<double>(state_.hidden) * 0x1p-24 * norm;
-  const double cast = std::is_same_v<T, float> ? 0 : 0x1p-9 * (norm + bound);
+  const double cast = std::is_same_v<T, float> ? 0 : 0x1p-8 * (norm + bound);
   return (bound - products - cast) / state_.stretch;
 }
 
