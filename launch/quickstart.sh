@@ -3,6 +3,7 @@
 # this machine with its all-to-all compressed.
 #
 #   launch/quickstart.sh [lshmoe-train options]    e.g. --compress none, --steps 300
+#   launch/quickstart.sh --config FILE             FILE in place of launch/quickstart.ini
 #
 # Ctrl-C ends the training cleanly after the current step, with the summary; a second one at once.
 #   LSHMOE_RANKS   number of ranks (default 4)
@@ -20,11 +21,11 @@ else
   mkdir -p "${metrics%/*}"
   set -- --metrics "$metrics" "$@"
 fi
+[[ " $* " == *" --config"[\ =]* ]] || set -- --config "$LSHMOE_ROOT/launch/quickstart.ini" "$@"
 
 # mpirun turns a Ctrl-C into SIGTERM and, a second later, SIGKILL for every rank. In a session of its own
 # it does not see the terminal's; it gets SIGUSR1 instead and forwards that: "stop after this step".
-setsid mpirun -n "${LSHMOE_RANKS:-4}" "$LSHMOE_BUILD/launch/lshmoe-train" \
-  --config "$LSHMOE_ROOT/launch/quickstart.ini" "$@" </dev/null &
+setsid mpirun -n "${LSHMOE_RANKS:-4}" "$LSHMOE_BUILD/launch/lshmoe-train" "$@" </dev/null &
 mpirun_pid=$!
 signals=0
 # shellcheck disable=SC2317  # the trap calls it

@@ -251,6 +251,13 @@ void validate(const TrainOptions& o, int world_size) {
   };
   at_least("steps", o.steps, 1);
   at_least("batch-size", o.batch_size, 1);
+  at_least("seq-len", o.seq_len, 1);
+  // A step's tokens are counted in many places, and int64 and memory end; no run comes near it.
+  constexpr int64_t kMostTokens = int64_t{1} << 31;
+  LSHMOE_VALIDATE(o.seq_len < kMostTokens && o.batch_size <= kMostTokens / o.seq_len, "batch-size ",
+                  o.batch_size, " sequences of seq-len ", o.seq_len,
+                  " are too many tokens for a rank and step (at most ", kMostTokens,
+                  "): lower one of them");
   at_least("warmup-steps", o.warmup_steps, 0);
   at_least("eval-every", o.eval_every, 0);
   at_least("progress", o.progress, 0);

@@ -99,6 +99,8 @@ class BadInput(TrainTest):
             (["--data", self.path("none.txt")], r"no data at '.*none.txt' .*: give --data an existing"),
             (["--data", empty], r"'.*empty.txt' is empty: give --data"),
             ([*text, "--ep-size", "3"], r"ep-size 3 does not divide .*: change --ep-size or"),
+            ([*text, "--batch-size", "99999999999"],
+             r"batch-size 99999999999 .* too many tokens .*: lower one of them"),
             ([*text, "--hidden-size", "0"], r"hidden-size is 0 \(must be at least 1\)"),
             ([*text, "--compress", "zip"], r"'zip'.*none.*bf16.*lsh"),
             ([*text, "--compress", "bf16", "--rounding", "stochastic"],
@@ -115,6 +117,8 @@ class BadInput(TrainTest):
         text = ["--data", self.text]
         self.refused(1, [
             *self.cases(),
+            ([*text, "--seq-len", str(2**63 - 1)], r"seq-len 9223372036854775807 .* too many tokens"),
+            ([*text, "--seq-len", "65536", "--batch-size", "65536"], r"too many tokens"),
             (["--steps", "many"], r"'many'.*--steps"),
             (["--layer-s"], r"unknown option 'layer-s'.*did you mean --layers\?"),
             (["8"], r"a value without an option"),
@@ -228,6 +232,16 @@ class Files(TrainTest):
         output = self.train(["--config", config, "--steps", "2"])
         self.assertIn("compress lsh, 2 steps", output)
         self.assertIn("step 2/2", output)
+
+    @unittest.skipUnless("LSHMOE_PRESET" in os.environ, "quickstart.sh would build another tree")
+    def test_quickstart_takes_another_config(self):
+        config = self.write("c.ini", "steps = 2\ncompress = bf16\nprogress = 1\n")
+        for args in (["--config", config], ["--config=" + config]):
+            code, output, _ = self.run_job(
+                [*TINY, "--data", self.text, "--metrics", self.path("m.jsonl"), *args],
+                program=QUICKSTART, limit=120)
+            self.assertEqual(code, 0, output)
+            self.assertIn("compress bf16, 2 steps", output)
 
 
 class Study(TrainTest):
