@@ -25,8 +25,10 @@ target_compile_features(lshmoe PUBLIC cxx_std_20)
 set_target_properties(lshmoe PROPERTIES
   VERSION ${PROJECT_VERSION} SOVERSION ${PROJECT_VERSION_MAJOR} LINKER_LANGUAGE CXX
   INSTALL_RPATH "$ORIGIN;${LibTorch_LIBRARY_DIR};${LSHMOE_NCCL_LIBRARY_DIR}")
-# Symbols missing at link time are found here and not by the first user.
-target_link_options(lshmoe PRIVATE LINKER:--no-undefined)
+if(NOT LSHMOE_SANITIZE)  # Clang has the sanitizers' symbols in programs only
+  # Symbols missing at link time are found here and not by the first user.
+  target_link_options(lshmoe PRIVATE LINKER:--no-undefined)
+endif()
 
 include(CMakePackageConfigHelpers)
 install(TARGETS lshmoe EXPORT lshmoeTargets)

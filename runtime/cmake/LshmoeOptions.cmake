@@ -15,6 +15,11 @@ endif()
 set(LSHMOE_MARCH "${_lshmoe_default_march}" CACHE STRING
     "-march of the whole build; x86-64-v3 (AVX2, FMA) runs on every node of a usual cluster, native only on CPUs like this one")
 set(LSHMOE_SANITIZE "" CACHE STRING "Sanitizers to build with, e.g. address,undefined")
+option(LSHMOE_FUZZ "Build the fuzz targets of libFuzzer, too (Clang)" OFF)
+if(LSHMOE_FUZZ AND NOT CMAKE_CXX_COMPILER_ID MATCHES "Clang")
+  message(FATAL_ERROR "lshmoe: LSHMOE_FUZZ needs Clang, the compiler is ${CMAKE_CXX_COMPILER_ID}. "
+                      "Install it (Debian: apt-get install clang libclang-rt-dev) and use the preset fuzz.")
+endif()
 
 if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
   set(CMAKE_BUILD_TYPE Release CACHE STRING "" FORCE)
@@ -42,6 +47,7 @@ target_compile_options(lshmoe_flags INTERFACE
   # Sender and receiver must compute the same bits, whatever the compiler fuses elsewhere.
   -ffp-contract=off)
 if(LSHMOE_SANITIZE)
-  target_compile_options(lshmoe_flags INTERFACE -fsanitize=${LSHMOE_SANITIZE} -fno-omit-frame-pointer)
+  target_compile_options(lshmoe_flags INTERFACE -fsanitize=${LSHMOE_SANITIZE}
+    -fno-sanitize-recover=all -fno-omit-frame-pointer)
   target_link_options(lshmoe_flags INTERFACE -fsanitize=${LSHMOE_SANITIZE})
 endif()
