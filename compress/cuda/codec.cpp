@@ -53,7 +53,7 @@ void StagedCodec::observe(const at::Tensor& x, const at::Tensor& row_index) {
 }
 
 std::shared_ptr<Codec> make_codec(const CodecOptions& options, const CodecContext& context) {
-  return options.kind() == "lsh" ? make_lsh_codec(options, context)
+  return options.kind() == "lsh" ? cuda::make_lsh_codec(options, context)
                                  : make_fixed_codec(options, context);
 }
 

@@ -11,11 +11,12 @@ namespace lshmoe::cuda {
 [[nodiscard]] std::shared_ptr<Codec> make_fixed_codec(const CodecOptions& options,
                                                       const CodecContext& context);
 
-/// Kind lsh. The GPU codes rows against a learned state of channels, and rows that travel whole, up
-/// to hidden size kMaxCodedHidden; everything else goes through the CPU's codec (StagedCodec):
-/// encoding of state=batch (and learned before its first refresh), transform=basis, restore=source.
-/// Parcels that explain themselves are decoded by the GPU once the host has read their shared part.
-/// Other than on the CPU, encode with a state does not try a parcel that explains itself.
+/// Kind lsh, up to hidden size kMaxCodedHidden. Encode with a state other than on the CPU does not
+/// try a parcel that explains itself; groups that do explain themselves are planned by the GPU in
+/// sums of its own order (kernels/cuda/plan.hpp), so that their bytes may differ from the CPU's,
+/// not what they decode to. Parcels that explain themselves are decoded by the GPU once the host
+/// has read their shared part. Through the CPU's codec (StagedCodec) go transform=basis,
+/// restore=source, wider rows, and hashes whose keys of all groups do not fit 62 bits.
 [[nodiscard]] std::shared_ptr<Codec> make_lsh_codec(const CodecOptions& options,
                                                     const CodecContext& context);
 

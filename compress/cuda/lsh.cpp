@@ -7,14 +7,15 @@
 #include <optional>
 
 #include "lshmoe/compress/cpu_codec.hpp"
+#include "lshmoe/compress/cuda/batch.hpp"
 #include "lshmoe/compress/cuda/kinds.hpp"
+#include "lshmoe/compress/cuda/projection.hpp"
 #include "lshmoe/compress/cuda/support.hpp"
 #include "lshmoe/compress/learned_state.hpp"
 #include "lshmoe/compress/lsh_codec.hpp"
 #include "lshmoe/compress/noise.hpp"
 #include "lshmoe/compress/state_coder.hpp"
 #include "lshmoe/kernels/cuda/lsh.hpp"
-#include "lshmoe/kernels/cuda/rows.hpp"
 #include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe::cuda {
@@ -37,14 +38,16 @@ class LshCodec final : public StagedCodec {
         on_gpu_(!sends_centroids(options) && context.hidden_size <= launchers::kMaxCodedHidden),
         dither_key_(options.rounding() == "dithered" ? std::optional(static_cast<std::uint32_t>(
                                                            noise_stream(options.seed(), context)))
-                                                     : std::nullopt) {}
+                                                     : std::nullopt),
+        projection_(options, context) {}
 
   using Codec::encode;
   [[nodiscard]] Encoded encode(const at::Tensor& x, const at::Tensor& row_index,
                                const std::vector<int64_t>& rows_per_group) const override {
     const auto states = learned_states();
-    const bool learned = states.current && !states.current->basis.defined();
-    if (!on_gpu_ || (!whole_ && !learned)) {
+    const bool basis = states.current && states.current->basis.defined();
+    const bool explains = !whole_ && !states.current;
+    if (!on_gpu_ || basis || (explains && !can_plan(options(), std::ssize(rows_per_group)))) {
       return StagedCodec::encode(x, row_index, rows_per_group);
     }
     check_encode(context(), x, row_index, rows_per_group);
@@ -98,8 +101,7 @@ class LshCodec final : public StagedCodec {
   // Made when first needed: the current state and the former.
   mutable std::mutex mutex_;
   mutable std::array<DeviceState, 2> states_;
-  mutable at::Tensor projection_;
-  mutable std::unique_ptr<launchers::Product> product_;
+  Projection projection_;
 
   [[nodiscard]] const LshInternals& internals() const {
     return dynamic_cast<const LshInternals&>(cpu());
@@ -141,39 +143,9 @@ class LshCodec final : public StagedCodec {
   // The ids of the rows' nearest centroids, int32.
   at::Tensor nearest(const launchers::RowsOf<T>& rows, const DeviceState& state,
                      at::Device device) const {
-    const std::int64_t columns = options().projection(), hidden = rows.hidden;
+    const std::int64_t columns = options().projection();
     const launchers::Stream stream = current_stream(device);
-    const std::lock_guard lock(mutex_);
-    if (!product_) product_ = std::make_unique<launchers::Product>();
-    if (!projection_.defined()) {
-      projection_ = upload(projection_matrix(options(), hidden, context().layer), device);
-    }
-    // As fp32, some rows at a time. All of them in one product size, so that equal rows get equal
-    // ids in every call.
-    constexpr std::int64_t kChunk = 4096;
-    const at::Tensor z = room<float>(rows.rows * columns, device);
-    at::Tensor picked, wide;
-    const std::int64_t most = std::min(kChunk, rows.rows);
-    if (rows.index != nullptr) picked = room<T>(most * hidden, device);
-    if constexpr (sizeof(T) == 2) wide = room<float>(most * hidden, device);
-    for (std::int64_t first = 0; first < rows.rows; first += kChunk) {
-      const std::int64_t count = std::min(kChunk, rows.rows - first);
-      const T* from = rows.x + first * hidden;
-      if (rows.index != nullptr) {
-        launchers::gather_rows(as<T>(picked), rows.x, rows.index + first, count,
-                               static_cast<std::size_t>(hidden) * sizeof(T), stream);
-        from = as<const T>(picked);
-      }
-      const float* x = nullptr;
-      if constexpr (sizeof(T) == 2) {
-        launchers::convert(as<float>(wide), from, count * hidden, stream);
-        x = as<const float>(wide);
-      } else {
-        x = from;
-      }
-      (*product_)(as<float>(z) + first * columns, x, as<const float>(projection_), count, hidden,
-                  columns, stream);
-    }
+    const at::Tensor z = projection_(rows, device);
     at::Tensor ids = room<std::int32_t>(rows.rows, device);
     launchers::nearest_centroid(as<std::int32_t>(ids), as<const float>(z),
                                 as<const float>(state.mean_z), as<const float>(state.centroids_z),
@@ -209,7 +181,7 @@ class LshCodec final : public StagedCodec {
     }
   }
 
-  // state null: rows as they are.
+  // state null: rows as they are, or in parcels that explain themselves.
   Encoded encode_rows(const at::Tensor& x, const at::Tensor& row_index,
                       const std::vector<int64_t>& rows_per_group, const LearnedState* state) const {
     const at::Device device = x.device();
@@ -237,7 +209,8 @@ class LshCodec final : public StagedCodec {
     // goes to several ranks is coded once.
     launchers::RowsOf<T> rows = stream_rows;
     const std::int64_t* number = nullptr;
-    if (!by_group_ && index.data() != nullptr && tokens <= stream_rows.rows) {
+    const bool explains = state == nullptr && !whole_;
+    if (!explains && !by_group_ && index.data() != nullptr && tokens <= stream_rows.rows) {
       number = index.data();
       rows.index = nullptr;
       rows.rows = tokens;
@@ -250,6 +223,14 @@ class LshCodec final : public StagedCodec {
     launchers::CodedRows coded;
     at::Tensor bound, ids, coding_groups, records, payloads, payload_bytes, whole, error, offset;
     std::vector<launchers::CodedGroup> coding = groups.of_rows;
+    std::optional<BatchPlan> plan;
+    if (!whole_) bound = room<double>(rows.rows, device);
+    if (explains) {
+      plan = plan_batch<T>(rows, groups, options(), projection_, dither_key_,
+                           as<const double>(squared), as<double>(bound), device);
+      coding_groups = plan->coded;
+      ids = plan->ids;
+    }
     if (state != nullptr) {
       const DeviceState known = on_device(*state, device);
       if (!by_group_) {
@@ -269,7 +250,6 @@ class LshCodec final : public StagedCodec {
       coding_groups = upload(coding, device);
       auto* coding_data = as<launchers::CodedGroup>(coding_groups);
       const auto coding_count = static_cast<std::int64_t>(coding.size());
-      bound = room<double>(rows.rows, device);
       launchers::row_bounds(as<double>(bound), coding_data, coding_count, as<const double>(squared),
                             options().max_error(), by_group_, hidden, stream);
       if (known.centroids > 0) {
@@ -277,6 +257,8 @@ class LshCodec final : public StagedCodec {
         choose_ids(coding_data, coding, rows, as<const double>(bound), as<const std::int32_t>(ids),
                    device);
       }
+    }
+    if (!whole_) {
       const RowLayout largest(hidden, StepCode(0, /*dithered=*/true), 2, sizeof(T));
       coded.record_stride = (static_cast<std::int64_t>(largest.record_bytes) + 31) / 16 * 16;
       coded.payload_stride = (hidden * static_cast<std::int64_t>(sizeof(T)) + 31) / 16 * 16;
@@ -291,7 +273,8 @@ class LshCodec final : public StagedCodec {
       coded.payload_bytes = as<std::int64_t>(payload_bytes);
       coded.whole = as<std::uint8_t>(whole);
       coded.error = as<double>(error);
-      launchers::encode_rows<T>(coded, rows, coding_data, coding_count, as<const double>(squared),
+      launchers::encode_rows<T>(coded, rows, as<const launchers::CodedGroup>(coding_groups),
+                                static_cast<std::int64_t>(coding.size()), as<const double>(squared),
                                 as<const double>(bound), as<const std::int32_t>(ids), stream);
     } else {
       coding_groups = stream_groups;
@@ -304,30 +287,72 @@ class LshCodec final : public StagedCodec {
         as<const double>(squared), as<const double>(bound), as<const double>(error), stream);
 
     // The one wait: sizes and statistics.
-    if (index.bad().defined()) index.check(download<std::int64_t>(index.bad())[0]);
-    const auto total = download<launchers::RowTotals>(totals);
+    const at::Tensor bad_index = index.bad().defined() ? index.bad() : none_bad(1, device);
+    std::vector<at::Tensor> parts{bad_index.view(at::kByte), totals};
+    if (plan) parts.push_back(plan->results);
+    const auto found = download<std::uint8_t>(at::cat(parts));
+    std::int64_t bad = 0;
+    std::vector<launchers::RowTotals> total(groups.of_rows.size());
+    std::vector<launchers::PlanResult> results(plan ? total.size() : 0);
+    std::memcpy(&bad, found.data(), sizeof bad);
+    std::memcpy(total.data(), found.data() + sizeof bad, total.size() * sizeof total[0]);
+    std::memcpy(results.data(), found.data() + sizeof bad + total.size() * sizeof total[0],
+                results.size() * sizeof(launchers::PlanResult));
+    index.check(bad);
     Assembly assembly;
     double relative_sum = 0;
+    std::vector<launchers::SharedPlace> shared_places;
+    std::vector<std::int64_t> centroids_before(total.size(), -1), used_slots;
     for (std::size_t i = 0; i < total.size(); ++i) {
       if (total[i].bad_row >= 0) refuse_row(*this, row_number(row_index, total[i].bad_row));
       const std::int64_t before = assembly.bytes();
-      add_parcel(assembly, groups.of_rows[i], state, total[i], stats, relative_sum);
+      const auto* result = plan ? &results[i] : nullptr;
+      const auto rest = add_parcel(assembly, groups.of_rows[i], state, plan ? &*plan : nullptr,
+                                   result, total[i], stats, relative_sum);
       encoded.bytes_per_group[groups.number[i]] = assembly.bytes() - before;
+      if (!rest) continue;
+      shared_places.push_back({static_cast<std::int64_t>(i), *rest});
+      centroids_before[i] = std::ssize(used_slots);
+      encoded.centroids_per_group[groups.number[i]] = result->count;
+      for (std::int64_t k = 0; k < result->count; ++k) {
+        used_slots.push_back(plan->groups[i].slot + k);
+      }
     }
     assembly.allocate(device);
     encoded.bytes = assembly.out();
     launchers::assemble<T>(as<std::uint8_t>(encoded.bytes), assembly.places(), group_count,
                            assembly.heads(), coded, stream_rows, number,
                            as<const std::int64_t>(offset), stream);
+    if (!shared_places.empty()) {
+      const at::Tensor places = upload(shared_places, device);
+      launchers::write_shared(
+          as<std::uint8_t>(encoded.bytes), as<const launchers::SharedPlace>(places),
+          std::ssize(shared_places), as<const launchers::PlanResult>(plan->results), plan->rows,
+          plan->means, plan->centroids, plan->place, plan->record_bytes, hidden, stream);
+    }
     assembly.seal();
+    if (!used_slots.empty()) {
+      const at::Tensor before = upload(centroids_before, device);
+      launchers::assignments(as<std::int64_t>(encoded.assignment), plan->rows.id, plan->rows,
+                             as<const std::int64_t>(before), stream);
+      const at::Tensor slots = upload(used_slots, device).view(at::kLong);
+      encoded.centroids = plan->natural.view(at::kFloat)
+                              .view({-1, hidden})
+                              .index_select(0, slots)
+                              .to(context().dtype);
+    }
+    stats.clusters = std::ssize(used_slots);
     stats.sent_bytes = assembly.bytes();
     stats.mean_relative_error = relative_sum / static_cast<double>(stream_rows.rows);
     return encoded;
   }
 
-  void add_parcel(Assembly& assembly, const launchers::CodedGroup& group, const LearnedState* state,
-                  const launchers::RowTotals& total, CodecStats& stats,
-                  double& relative_sum) const {
+  // Returns where a parcel that explains itself goes on behind its steps.
+  std::optional<std::int64_t> add_parcel(Assembly& assembly, const launchers::CodedGroup& group,
+                                         const LearnedState* state, const BatchPlan* plan,
+                                         const launchers::PlanResult* result,
+                                         const launchers::RowTotals& total, CodecStats& stats,
+                                         double& relative_sum) const {
     ParcelHeader header;
     header.kind = ParcelKind::lsh_expert;
     header.dtype = context().dtype;
@@ -338,27 +363,38 @@ class LshCodec final : public StagedCodec {
                            static_cast<std::size_t>(total.id_bytes), sizeof(T));
     const std::size_t bytes =
         n * layout.record_bytes + static_cast<std::size_t>(total.payload_bytes);
-    if (state == nullptr || bytes >= n * layout.whole_bytes) {
+    std::vector<std::uint8_t> steps;
+    const auto append = [&](const auto& value, std::uint8_t flag) {
+      header.flags |= flag;
+      steps.resize(steps.size() + 4);
+      std::memcpy(steps.data() + steps.size() - 4, &value, 4);
+    };
+    if (total.step > 0) append(total.step, kGroupStep);
+    if (dither_key_) append(*dither_key_, kDither);
+    const std::size_t shared =
+        plan != nullptr ? steps.size() + static_cast<std::size_t>(plan->shared_bytes(*result)) : 0;
+    if ((state == nullptr && plan == nullptr) || bytes + shared >= n * layout.whole_bytes) {
       header.flags = kAllWhole;
       header.body_bytes = n * layout.whole_bytes;
       stats.whole_rows += group.rows;
       assembly.add(group.first, header, {}, 0);
-      return;
+      return std::nullopt;
     }
-    std::vector<std::uint8_t> shared;
-    const auto append = [&](const auto& value, std::uint8_t flag) {
-      header.flags |= flag;
-      shared.resize(shared.size() + 4);
-      std::memcpy(shared.data() + shared.size() - 4, &value, 4);
-    };
-    if (total.step > 0) append(total.step, kGroupStep);
-    if (dither_key_) append(*dither_key_, kDither);
-    header.centroids = total.id_bytes > 0 ? static_cast<std::uint32_t>(state->centroids) : 0;
-    header.state_version = state->version;
-    header.shared_bytes = static_cast<std::uint32_t>(shared.size());
     header.body_bytes = bytes;
-    assembly.add(group.first, header, shared, static_cast<std::int64_t>(layout.record_bytes));
+    header.shared_bytes = static_cast<std::uint32_t>(steps.size());
+    if (state != nullptr) {
+      header.centroids = total.id_bytes > 0 ? static_cast<std::uint32_t>(state->centroids) : 0;
+      header.state_version = state->version;
+    } else {
+      header.shared_bytes = static_cast<std::uint32_t>(shared);
+      header.centroids = static_cast<std::uint32_t>(result->count);
+      if (result->ordered != 0) header.flags |= kHasOrder;
+      if (result->variant != launchers::kPlain) header.flags |= kHasMean;
+    }
+    const std::int64_t rest =
+        assembly.add(group.first, header, steps, static_cast<std::int64_t>(layout.record_bytes));
     add_totals(stats, total, relative_sum);
+    return plan != nullptr ? std::optional(rest) : std::nullopt;
   }
 
   // decode ---------------------------------------------------------------------------------------

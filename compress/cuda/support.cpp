@@ -82,14 +82,15 @@ void block_checksums(std::vector<Summed> summed, at::Device device) {
   }
 }
 
-void Assembly::add(std::int64_t first, const ParcelHeader& header,
-                   std::span<const std::uint8_t> shared, std::int64_t record_bytes) {
+std::int64_t Assembly::add(std::int64_t first, const ParcelHeader& header,
+                           std::span<const std::uint8_t> shared, std::int64_t record_bytes) {
   launchers::ParcelPlace place;
   place.first = first;
   place.rows = header.rows;
   place.begin = bytes_;
   place.head_begin = static_cast<std::int64_t>(heads_.size());
-  place.head_bytes = static_cast<std::int64_t>(ParcelHeader::kBytes + shared.size());
+  place.head_copied = static_cast<std::int64_t>(ParcelHeader::kBytes + shared.size());
+  place.head_bytes = static_cast<std::int64_t>(ParcelHeader::kBytes + header.shared_bytes);
   place.record_bytes = record_bytes;
   places_.push_back(place);
   std::uint8_t head[ParcelHeader::kBytes] = {};
@@ -98,6 +99,7 @@ void Assembly::add(std::int64_t first, const ParcelHeader& header,
   heads_.insert(heads_.end(), shared.begin(), shared.end());
   sizes_.push_back(place.head_bytes + static_cast<std::int64_t>(header.body_bytes));
   bytes_ += sizes_.back();
+  return place.begin + place.head_copied;
 }
 
 void Assembly::allocate(at::Device device) {

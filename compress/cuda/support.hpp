@@ -79,9 +79,10 @@ void block_checksums(std::vector<Summed> summed, at::Device device);
 /// Parcels of one encode call: places, headers, then their bytes.
 class Assembly {
  public:
-  /// The next group's parcel: its header's lengths must be set. shared: its shared part.
-  void add(std::int64_t first, const ParcelHeader& header, std::span<const std::uint8_t> shared,
-           std::int64_t record_bytes);
+  /// The next group's parcel: its header's lengths must be set. shared: its shared part, or the
+  /// front of it: what is missing a kernel writes from the place returned on.
+  std::int64_t add(std::int64_t first, const ParcelHeader& header,
+                   std::span<const std::uint8_t> shared, std::int64_t record_bytes);
   [[nodiscard]] std::int64_t bytes() const { return bytes_; }
   [[nodiscard]] std::int64_t count() const { return static_cast<std::int64_t>(places_.size()); }
   /// Allocates the bytes and uploads the places.

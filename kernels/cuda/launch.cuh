@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "lshmoe/kernels/cuda/stream.hpp"
+#include "lshmoe/kernels/lanes.hpp"
 
 #if defined(__CUDACC__)
 #include "lshmoe/runtime/error.hpp"
@@ -13,8 +15,8 @@ namespace lshmoe::kernels::cuda {
 
 inline void check(cudaError_t code, const char* what) {
   if (code == cudaSuccess) return;
-  throw CudaError(detail::message(what, ": ", cudaGetErrorString(code), " (CUDA error ",
-                                  static_cast<int>(code), ")"));
+  throw CudaError(lshmoe::detail::message(what, ": ", cudaGetErrorString(code), " (CUDA error ",
+                                          static_cast<int>(code), ")"));
 }
 
 /// Queues kernel<<<grid, block, shared>>>(arguments...). Nothing when the grid is empty.
@@ -44,6 +46,16 @@ int grid_limit();
 inline dim3 grid_for(std::int64_t units, std::int64_t per_block) {
   const std::int64_t blocks = (units + per_block - 1) / per_block;
   return dim3(static_cast<unsigned>(std::min<std::int64_t>(blocks, grid_limit())));
+}
+
+/// Calls f(threads of a block) for rows of `hidden` values that a block sums.
+template <class F>
+void with_lanes(std::int64_t hidden, F f) {
+  if (lanes_of(hidden) == kFewLanes) {
+    f(std::integral_constant<int, kFewLanes>{});
+  } else {
+    f(std::integral_constant<int, kManyLanes>{});
+  }
 }
 
 }  // namespace lshmoe::kernels::cuda

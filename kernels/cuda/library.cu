@@ -12,8 +12,8 @@ namespace lshmoe::kernels::cuda {
 namespace {
 void check_blas(cublasStatus_t status, const char* what) {
   if (status == CUBLAS_STATUS_SUCCESS) return;
-  throw CudaError(detail::message(what, ": ", cublasGetStatusString(status), " (cuBLAS error ",
-                                  static_cast<int>(status), ")"));
+  throw CudaError(lshmoe::detail::message(what, ": ", cublasGetStatusString(status),
+                                          " (cuBLAS error ", static_cast<int>(status), ")"));
 }
 
 __global__ void count_up(std::int64_t* out, std::int64_t count) {
@@ -55,19 +55,20 @@ std::size_t sort_scratch(std::int64_t rows) {
   check(cub::DeviceRadixSort::SortPairs(nullptr, bytes, static_cast<const std::uint64_t*>(nullptr),
                                         static_cast<std::uint64_t*>(nullptr),
                                         static_cast<const std::int64_t*>(nullptr),
-                                        static_cast<std::int64_t*>(nullptr), rows),
+                                        static_cast<std::int64_t*>(nullptr), rows, 0, 64),
         "sort_by_key");
   return rounded(rows) + bytes;
 }
 
 void sort_by_key(std::int64_t* order, std::uint64_t* sorted, const std::uint64_t* keys,
-                 std::int64_t rows, void* scratch, std::size_t scratch_bytes, Stream stream) {
+                 std::int64_t rows, int bits, void* scratch, std::size_t scratch_bytes,
+                 Stream stream) {
   if (rows == 0) return;
   auto* numbers = static_cast<std::int64_t*>(scratch);
   std::size_t bytes = scratch_bytes - rounded(rows);
   launch("count_up", count_up, grid_for(rows, 256), 256, 0, stream, numbers, rows);
   check(cub::DeviceRadixSort::SortPairs(static_cast<char*>(scratch) + rounded(rows), bytes, keys,
-                                        sorted, numbers, order, rows, 0, 64, stream),
+                                        sorted, numbers, order, rows, 0, bits, stream),
         "sort_by_key");
 }
 

@@ -29,8 +29,10 @@ void bucket_keys(std::uint64_t* keys, const float* z, std::int64_t rows, std::in
 /// Bytes of scratch that sort_by_key takes for `rows` keys.
 std::size_t sort_scratch(std::int64_t rows);
 /// order [rows]: the rows by ascending key, equal keys in row order; sorted [rows]: their keys.
+/// Keys are below 2^bits, bits 1 to 64.
 void sort_by_key(std::int64_t* order, std::uint64_t* sorted, const std::uint64_t* keys,
-                 std::int64_t rows, void* scratch, std::size_t scratch_bytes, Stream stream);
+                 std::int64_t rows, int bits, void* scratch, std::size_t scratch_bytes,
+                 Stream stream);
 
 /// out [segments, columns], as kernels::segment_mean.
 void segment_mean(float* out, const float* x, const std::int64_t* order,

@@ -100,7 +100,7 @@ __global__ void assemble_kernel(std::uint8_t* out, const ParcelPlace* places, st
   for (std::int64_t unit = blockIdx.x; unit < rows.rows + count; unit += gridDim.x) {
     if (unit >= rows.rows) {
       const ParcelPlace place = places[unit - rows.rows];
-      copy_bytes(out + place.begin, heads + place.head_begin, place.head_bytes);
+      copy_bytes(out + place.begin, heads + place.head_begin, place.head_copied);
       continue;
     }
     const std::int64_t i = unit;

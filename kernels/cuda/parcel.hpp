@@ -38,7 +38,8 @@ struct ParcelPlace {
   std::int64_t first = 0, rows = 0;  ///< of the stream
   std::int64_t begin = 0;            ///< of the parcel
   std::int64_t head_begin = 0;       ///< of its header and shared part in `heads`
-  std::int64_t head_bytes = 0;       ///< their size; the directory follows
+  std::int64_t head_copied = 0;      ///< bytes of it that are there; the others follow on their own
+  std::int64_t head_bytes = 0;       ///< its size; the directory follows
   std::int64_t record_bytes = 0;     ///< 0: rows as they are, no directory
 };
 

@@ -5,19 +5,6 @@
 #include "lshmoe/kernels/cuda/row_coder.cuh"
 
 namespace lshmoe::kernels::cuda {
-namespace {
-
-/// Calls f(threads of a block) for rows of `hidden` values.
-template <class F>
-void with_lanes(std::int64_t hidden, F f) {
-  if (lanes_of(hidden) == kFewLanes) {
-    f(std::integral_constant<int, kFewLanes>{});
-  } else {
-    f(std::integral_constant<int, kManyLanes>{});
-  }
-}
-
-}  // namespace
 
 template <class T>
 void squared_norms(double* squared, const RowsOf<T>& rows, Stream stream) {
@@ -25,6 +12,13 @@ void squared_norms(double* squared, const RowsOf<T>& rows, Stream stream) {
     launch("squared_norms", squared_norms_kernel<T, threads()>, grid_for(rows.rows, 1), threads(),
            0, stream, squared, rows);
   });
+}
+
+template <class T>
+void widen_rows(float* out, const RowsOf<T>& rows, std::int64_t first, std::int64_t count,
+                Stream stream) {
+  launch("widen_rows", widen_rows_kernel<T, kBlock>, grid_for(count, 1), kBlock, 0, stream, out,
+         rows, first, count);
 }
 
 void row_bounds(double* bound, CodedGroup* groups, std::int64_t group_count, const double* squared,
@@ -84,6 +78,7 @@ void decode_rows(T* out, const std::int64_t* index, std::int64_t out_rows, std::
 
 #define LSHMOE_INSTANTIATE(T)                                                                      \
   template void squared_norms<T>(double*, const RowsOf<T>&, Stream);                               \
+  template void widen_rows<T>(float*, const RowsOf<T>&, std::int64_t, std::int64_t, Stream);       \
   template void encode_rows<T>(const CodedRows&, const RowsOf<T>&, const CodedGroup*,              \
                                std::int64_t, const double*, const double*, const std::int32_t*,    \
                                Stream);                                                            \

@@ -30,6 +30,18 @@ __global__ void squared_norms_kernel(double* squared, RowsOf<T> rows) {
   }
 }
 
+/// A block a row.
+template <class T, int kThreads>
+__global__ void widen_rows_kernel(float* out, RowsOf<T> rows, std::int64_t first,
+                                  std::int64_t count) {
+  for (std::int64_t i = blockIdx.x; i < count; i += gridDim.x) {
+    const T* x = row_at(rows, first + i);
+    for (std::int64_t j = threadIdx.x; j < rows.hidden; j += kThreads) {
+      out[i * rows.hidden + j] = to_float(x[j]);
+    }
+  }
+}
+
 /// A block a group.
 template <int kThreads>
 __device__ double group_energy(const double* squared, std::int64_t rows) {
@@ -351,6 +363,42 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
+/// Bits of a row's payload, in the group's order and in another.
+struct BitCounts {
+  std::int64_t plain, ordered;
+};
+template <class T, int kThreads>
+__device__ BitCounts estimate_row(BlockRow<T, kThreads>& row, const T* from,
+                                  const CodedGroup& group, double bound, std::int64_t id,
+                                  const std::int32_t* count_order) {
+  const StepCode steps(group.step, group.dithered, group.dither_key);
+  row.steps = steps;  // all rows with salt 0
+  row.load(from, group, group.bases != nullptr ? group.bases + id * row.hidden : nullptr);
+  if (!steps.dithered() && row.residual_norm() <= bound) return {0, 0};
+  const auto whole_bits = 8 * row.hidden * static_cast<std::int64_t>(sizeof(T));
+  const std::uint16_t code = bound > 0 ? steps.below(row.search_step(bound)) : steps.zero_row();
+  if (!steps.is_step(code)) return {whole_bits, whole_bits};
+  const float step = steps.value(code), inverse = 1.0F / step;
+  double beyond = 0;
+  for (std::int64_t j = threadIdx.x; j < row.hidden; j += kThreads) {
+    const std::int32_t q = row.quantised(j, inverse);
+    if (q > kMaxQuantised || q < -kMaxQuantised) beyond = 1;
+  }
+  if (fold_lanes<kThreads>(beyond) != 0) return {whole_bits, whole_bits};
+  const std::int64_t found = row.choose_alphabets(step);
+  const std::int64_t plain = whole_bits < found ? whole_bits : found;
+  if (count_order == nullptr) return {plain, plain};
+  const std::int64_t other = row.choose_alphabets(
+      step, [count_order](std::int64_t j) { return std::int64_t{count_order[j]}; });
+  return {plain, whole_bits < other ? whole_bits : other};
+}
+__device__ inline void add_bits(std::int64_t* bits, const BitCounts& found) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(bits),
+            static_cast<unsigned long long>(found.plain));
+  atomicAdd(reinterpret_cast<unsigned long long*>(bits + 1),
+            static_cast<unsigned long long>(found.ordered));
+}
+
 template <class T, int kThreads>
 __global__ void __launch_bounds__(kThreads, 2)
     estimate_rows_kernel(std::int64_t* bits, RowsOf<T> rows, std::int64_t stride,
@@ -358,42 +406,11 @@ __global__ void __launch_bounds__(kThreads, 2)
                          const std::int32_t* count_order) {
   BlockRow<T, kThreads> row(rows.hidden);
   const CodedGroup group = *groups;
-  const StepCode steps(group.step, group.dithered, group.dither_key);
-  row.steps = steps;  // all rows with salt 0
-  const auto whole_bits = 8 * rows.hidden * static_cast<std::int64_t>(sizeof(T));
   for (std::int64_t s = blockIdx.x; s * stride < rows.rows; s += gridDim.x) {
     const std::int64_t i = s * stride;
-    const std::int64_t id = ids != nullptr ? ids[i] : 0;
-    row.load(row_at(rows, i), group,
-             group.bases != nullptr ? group.bases + id * rows.hidden : nullptr);
-    const double bound = bounds[i];
-    if (!steps.dithered() && row.residual_norm() <= bound) continue;
-    const std::uint16_t code = bound > 0 ? steps.below(row.search_step(bound)) : steps.zero_row();
-    std::int64_t plain = whole_bits, ordered = whole_bits;
-    if (steps.is_step(code)) {
-      const float step = steps.value(code), inverse = 1.0F / step;
-      double beyond = 0;
-      for (std::int64_t j = threadIdx.x; j < rows.hidden; j += kThreads) {
-        const std::int32_t q = row.quantised(j, inverse);
-        if (q > kMaxQuantised || q < -kMaxQuantised) beyond = 1;
-      }
-      if (fold_lanes<kThreads>(beyond) == 0) {
-        const std::int64_t found = row.choose_alphabets(step);
-        plain = plain < found ? plain : found;
-        ordered = plain;
-        if (count_order != nullptr) {
-          const std::int64_t other = row.choose_alphabets(
-              step, [count_order](std::int64_t j) { return std::int64_t{count_order[j]}; });
-          ordered = whole_bits < other ? whole_bits : other;
-        }
-      }
-    }
-    if (threadIdx.x == 0) {
-      atomicAdd(reinterpret_cast<unsigned long long*>(bits),
-                static_cast<unsigned long long>(plain));
-      atomicAdd(reinterpret_cast<unsigned long long*>(bits + 1),
-                static_cast<unsigned long long>(ordered));
-    }
+    const BitCounts found = estimate_row(row, row_at(rows, i), group, bounds[i],
+                                         ids != nullptr ? ids[i] : 0, count_order);
+    if (threadIdx.x == 0) add_bits(bits, found);
   }
 }
 

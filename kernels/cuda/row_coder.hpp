@@ -54,6 +54,11 @@ struct CodedRows {
 template <class T>
 void squared_norms(double* squared, const RowsOf<T>& rows, Stream stream);
 
+/// out [count, hidden]: the rows first .. first + count as fp32.
+template <class T>
+void widen_rows(float* out, const RowsOf<T>& rows, std::int64_t first, std::int64_t count,
+                Stream stream);
+
 /// bound [rows]: max_error |x|, or with by_group max_error * rms norm of the row's group, whose
 /// step is then set. As LshCodec's bounds.
 void row_bounds(double* bound, CodedGroup* groups, std::int64_t group_count, const double* squared,

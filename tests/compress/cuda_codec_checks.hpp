@@ -295,7 +295,7 @@ struct CudaChecks {
     const CodecContext context{24, 0, Direction::dispatch, at::kFloat, device};
     const at::Tensor x = clustered(100, 24, 4, 0.1, 1);
     for (const auto& options :
-         {CodecOptions(), CodecOptions().restore("source"),
+         {CodecOptions().restore("source"),
           CodecOptions().state("learned").transform("basis").sample_rows(100)}) {
       const auto gpu = make(options, context);
       if (options.state() == "learned") {

@@ -4,7 +4,7 @@
 
 #include <numeric>
 
-#include "tests/compress/cuda_codec_checks.hpp"
+#include "tests/compress/cuda_batch_checks.hpp"
 
 namespace lshmoe {
 namespace {
@@ -21,7 +21,7 @@ class CudaCodec : public ::testing::Test {
     checks_.same_bytes = false;
     checks_.hidden = {16, 100, 384, 4096};
   }
-  testing::CudaChecks checks_;
+  testing::CudaBatchChecks checks_;
 };
 
 TEST_F(CudaCodec, FixedKinds) {
@@ -33,6 +33,9 @@ TEST_F(CudaCodec, AllKindsOfRows) { checks_.all_kinds_of_rows(); }
 TEST_F(CudaCodec, Refusals) { checks_.refusals(); }
 TEST_F(CudaCodec, DamagedParcels) { checks_.damaged_parcels(); }
 TEST_F(CudaCodec, BatchParcels) { checks_.batch_parcels(); }
+TEST_F(CudaCodec, BatchOptions) { checks_.batch_options(); }
+TEST_F(CudaCodec, BatchSizes) { checks_.batch_sizes(4097); }
+TEST_F(CudaCodec, BatchKinds) { checks_.batch_kinds(); }
 TEST_F(CudaCodec, Staged) { checks_.staged(); }
 
 // A build without CUDA says so.

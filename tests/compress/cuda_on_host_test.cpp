@@ -2,7 +2,7 @@
 
 #include <numeric>
 
-#include "tests/compress/cuda_codec_checks.hpp"
+#include "tests/compress/cuda_batch_checks.hpp"
 // clang-format off: renames what follows.
 #include "tests/support/cuda_on_host.hpp"
 
@@ -10,17 +10,33 @@
 #include "kernels/cuda/formats.cu"
 #include "kernels/cuda/lsh.cu"
 #include "kernels/cuda/parcel.cu"
+#include "kernels/cuda/plan.cu"
 #include "kernels/cuda/row_coder.cu"
 #include "kernels/cuda/rows.cu"
 
+#include "compress/cuda/batch.cpp"
 #include "compress/cuda/codec.cpp"
 #include "compress/cuda/fixed.cpp"
 #include "compress/cuda/lsh.cpp"
+#include "compress/cuda/projection.cpp"
 #include "compress/cuda/support.cpp"
 // clang-format on
 
-// In place of cuBLAS: the CPU's own product.
+// In place of cuBLAS and CUB: the CPU's own product, and a stable sort.
 namespace lshmoe::kernels::cuda {
+std::size_t sort_scratch(std::int64_t) { return 1; }
+void sort_by_key(std::int64_t* order, std::uint64_t* sorted, const std::uint64_t* keys,
+                 std::int64_t rows, int bits, void*, std::size_t, Stream) {
+  std::iota(order, order + rows, std::int64_t{0});
+  std::stable_sort(order, order + rows,
+                   [keys](std::int64_t a, std::int64_t b) { return keys[a] < keys[b]; });
+  for (std::int64_t i = 0; i < rows; ++i) {
+    sorted[i] = keys[order[i]];
+    if (bits < 64) {
+      EXPECT_LT(keys[i], std::uint64_t{1} << bits);
+    }
+  }
+}
 Product::Product() = default;
 Product::~Product() = default;
 void Product::operator()(float* out, const float* x, const float* matrix, std::int64_t rows,
@@ -38,9 +54,9 @@ namespace {
 class CudaOnHost : public ::testing::Test {
  protected:
   CudaOnHost() { kernels::cuda::set_grid_limit(3); }
-  testing::CudaChecks checks_{[](const CodecOptions& options, const CodecContext& context) {
+  testing::CudaBatchChecks checks_{{[](const CodecOptions& options, const CodecContext& context) {
     return cuda::make_codec(options, context);
-  }};
+  }}};
 };
 
 TEST_F(CudaOnHost, FixedKinds) { checks_.fixed_kinds(); }
@@ -49,6 +65,9 @@ TEST_F(CudaOnHost, AllKindsOfRows) { checks_.all_kinds_of_rows(); }
 TEST_F(CudaOnHost, Refusals) { checks_.refusals(); }
 TEST_F(CudaOnHost, DamagedParcels) { checks_.damaged_parcels(); }
 TEST_F(CudaOnHost, BatchParcels) { checks_.batch_parcels(); }
+TEST_F(CudaOnHost, BatchOptions) { checks_.batch_options(); }
+TEST_F(CudaOnHost, BatchSizes) { checks_.batch_sizes(4097); }
+TEST_F(CudaOnHost, BatchKinds) { checks_.batch_kinds(); }
 TEST_F(CudaOnHost, Staged) { checks_.staged(); }
 
 }  // namespace

@@ -122,12 +122,13 @@ inline Directory read_directory(const uint8_t* parcel) {
   if (directory.all_whole) return directory;
   const std::size_t step = directory.group_step ? 1 : 2;
   const std::size_t id = directory.centroids == 0 ? 0 : directory.centroids < 256 ? 1 : 2;
-  const std::size_t record = step + id + (hidden + 31) / 32;
+  const std::size_t salt = (flags & 32) != 0 ? 1 : 0;
+  const std::size_t record = step + salt + id + (hidden + 31) / 32;
   const uint8_t* at = parcel + 40 + field<uint32_t>(parcel, 32);
   for (std::size_t i = 0; i < rows; ++i, at += record) {
     directory.whole[i] = step == 1 ? field<uint8_t>(at, 0) == 255 : field<uint16_t>(at, 0) == 65535;
-    if (id == 1) directory.id[i] = field<uint8_t>(at, step);
-    if (id == 2) directory.id[i] = field<uint16_t>(at, step);
+    if (id == 1) directory.id[i] = field<uint8_t>(at, step + salt);
+    if (id == 2) directory.id[i] = field<uint16_t>(at, step + salt);
   }
   return directory;
 }

@@ -389,7 +389,7 @@ void check_format(RowFormat format, std::int64_t count, std::int64_t hidden, boo
   }
   cuda::ParcelPlace place;
   place.rows = count;
-  place.head_bytes = 3;
+  place.head_copied = place.head_bytes = 3;
   std::vector<double> got_squared(n), got_error(n);
   cuda::encode_format<T>(format, got.data(), &place, 1, got_squared.data(), got_error.data(),
                          {x.data(), nullptr, count, count, hidden}, {dithered, 77}, nullptr);
