@@ -228,6 +228,9 @@ struct CUstream_st;
 
 namespace lshmoe::kernels::cuda {
 
+// stream.hpp may have been included before the renaming.
+using Stream = CUstream_st*;
+
 template <class... Parameters, class... Arguments>
 void launch(const char*, void (*kernel)(Parameters...), dim3 grid, int block, std::size_t shared,
             CUstream_st*, Arguments... arguments) {
