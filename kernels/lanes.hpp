@@ -2,7 +2,6 @@
 // The order of long sums, on the CPU and the GPU alike: element i goes to lane i % lanes, each lane
 // sums in order, then the lanes are folded in halves: 16 + 16, 8 + 8, ...
 
-#include <algorithm>
 #include <cstdint>
 
 #include "lshmoe/kernels/host_device.hpp"
@@ -15,29 +14,38 @@ LSHMOE_HOST_DEVICE constexpr int lanes_of(std::int64_t count) {
   return count < 1024 ? kFewLanes : kManyLanes;
 }
 
+/// A sum in kCount lanes, of values that come in parts.
+template <class Real, int kCount>
+class LaneSum {
+ public:
+  /// Adds value(i), i = 0 .. count - 1. count: a multiple of kCount, but for the last part.
+  template <class Value>
+  void add(std::int64_t count, Value value) {
+    std::int64_t i = 0;
+    for (; i + kCount <= count; i += kCount) {
+      for (int j = 0; j < kCount; ++j) lane_[j] += value(i + j);
+    }
+    for (int j = 0; j < static_cast<int>(count - i); ++j) lane_[j] += value(i + j);
+  }
+
+  /// The sum of what was added; once.
+  [[nodiscard]] Real folded() {
+    for (int half = kCount / 2; half > 0; half /= 2) {
+      for (int j = 0; j < half; ++j) lane_[j] += lane_[j + half];
+    }
+    return lane_[0];
+  }
+
+ private:
+  Real lane_[kCount] = {};
+};
+
 namespace detail {
 template <class Real, int kCount, class Value>
 Real lane_sum(std::int64_t count, Value value) {
-  constexpr int kTile = 128 / sizeof(Real);  // lanes at a time: four vector registers
-  constexpr int kPart = 8;
-  Real lane[kCount];
-  const std::int64_t full = count - count % kCount;
-  for (int first = 0; first < kCount; first += kTile) {
-    Real tile[kTile] = {};
-    for (std::int64_t i = first; i < full; i += kCount) {
-      for (int j = 0; j < kTile; ++j) tile[j] += value(i + j);
-    }
-    std::copy(tile, tile + kTile, lane + first);
-  }
-  std::int64_t i = full;
-  for (; i + kPart <= count; i += kPart) {
-    for (int j = 0; j < kPart; ++j) lane[i - full + j] += value(i + j);
-  }
-  for (; i < count; ++i) lane[i - full] += value(i);
-  for (int half = kCount / 2; half > 0; half /= 2) {
-    for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
-  }
-  return lane[0];
+  LaneSum<Real, kCount> sum;
+  sum.add(count, value);
+  return sum.folded();
 }
 }  // namespace detail
 

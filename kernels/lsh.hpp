@@ -5,7 +5,9 @@
 #include <cmath>
 #include <cstdint>
 
+#include "lshmoe/kernels/bfloat16.hpp"
 #include "lshmoe/kernels/host_device.hpp"
+#include "lshmoe/kernels/packed_matrix.hpp"
 
 namespace lshmoe::kernels {
 
@@ -39,11 +41,6 @@ LSHMOE_HOST_DEVICE inline std::uint64_t bucket_key(const float* z, int hashes, i
 /// every machine.
 void random_orthonormal(float* out, std::int64_t rows, std::int64_t columns, std::uint64_t seed);
 
-/// out [rows, columns] = x [rows, inner] matrix [inner, columns]; each element one running fp32
-/// sum.
-void multiply(float* out, const float* x, const float* matrix, std::int64_t rows,
-              std::int64_t inner, std::int64_t columns);
-
 /// keys [rows] of z [rows, stride].
 void bucket_keys(std::uint64_t* keys, const float* z, std::int64_t rows, std::int64_t stride,
                  int hashes, int m);
@@ -53,10 +50,11 @@ void bucket_keys(std::uint64_t* keys, const float* z, std::int64_t rows, std::in
 std::int64_t group_by_key(std::int64_t* order, std::int64_t* offsets, const std::uint64_t* keys,
                           std::int64_t rows);
 
-/// out [segments, columns]: mean of the rows order[offsets[s] .. offsets[s + 1]) of x [., columns],
-/// summed in that order in fp32. An empty segment gives zeros.
-void segment_mean(float* out, const float* x, const std::int64_t* order,
-                  const std::int64_t* offsets, std::int64_t segments, std::int64_t columns);
+/// out [segments, columns]: mean of the rows order[offsets[s] .. offsets[s + 1]) of x [., columns]
+/// (float or Bfloat16), summed in that order in fp32. An empty segment gives zeros.
+template <class T>
+void segment_mean(float* out, const T* x, const std::int64_t* order, const std::int64_t* offsets,
+                  std::int64_t segments, std::int64_t columns);
 
 /// The floats that nearest_centroid needs as scratch.
 constexpr std::int64_t nearest_padded(std::int64_t count) { return (count + 15) / 16 * 16; }

@@ -5,8 +5,9 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
-#include <type_traits>
 #include <vector>
+
+#include "lshmoe/kernels/cpu/panels.hpp"
 
 namespace lshmoe::kernels {
 namespace {
@@ -17,54 +18,10 @@ std::uint64_t splitmix64(std::uint64_t& state) {
   return z ^ (z >> 31);
 }
 
-// Eight floats that stay in one register; loops over arrays of them do not get unrolled into stack
-// traffic as loops over floats do.
-using Vector = float __attribute__((vector_size(32)));
+using namespace panels;
 using IntVector = std::int32_t __attribute__((vector_size(32)));
-// The same at any address of a float.
-using LooseVector = float __attribute__((vector_size(32), aligned(4), may_alias));
-constexpr int kVector = 8;
-// Columns of a matrix that are multiplied at a time, one after another in memory: [inner, kPanel].
-constexpr int kPanel = 2 * kVector;
-constexpr int kTileRows = 4;
-// Rows of a panel that stay in the first-level cache, rows of x that stay in the second.
-constexpr std::int64_t kInnerBlock = 256, kRowBlock = 64;
-
-// One row of a panel, or of sums for it.
-struct PanelRow {
-  Vector half[2];
-};
-PanelRow load(const float* from) {
-  return {{*reinterpret_cast<const LooseVector*>(from),
-           *reinterpret_cast<const LooseVector*>(from + kVector)}};
-}
-
-// sum [kRows] += x [kRows, inner] panel [inner, kPanel]; the sums stay in registers.
-template <int kRows>
-void add_products(PanelRow* sum, const float* x, std::int64_t stride, const float* panel,
-                  std::int64_t inner) {
-  PanelRow s[kRows];
-  for (int i = 0; i < kRows; ++i) s[i] = sum[i];
-  for (std::int64_t k = 0; k < inner; ++k) {
-    const PanelRow row = load(panel + k * kPanel);
-    for (int i = 0; i < kRows; ++i) {
-      const float value = x[i * stride + k];
-      s[i].half[0] += value * row.half[0];
-      s[i].half[1] += value * row.half[1];
-    }
-  }
-  for (int i = 0; i < kRows; ++i) sum[i] = s[i];
-}
-
-// Calls part(first, kRows as a constant) for the rows 0 .. rows, a tile at a time.
-template <class Part>
-void for_tiles(std::int64_t rows, Part part) {
-  std::int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows) {
-    part(i, std::integral_constant<int, kTileRows>());
-  }
-  for (; i < rows; ++i) part(i, std::integral_constant<int, 1>());
-}
+// Rows whose best centroids stay in the first-level cache.
+constexpr std::int64_t kRowBlock = 64;
 }  // namespace
 
 void random_orthonormal(float* out, std::int64_t rows, std::int64_t columns, std::uint64_t seed) {
@@ -101,41 +58,6 @@ void random_orthonormal(float* out, std::int64_t rows, std::int64_t columns, std
   }
 }
 
-void multiply(float* out, const float* x, const float* matrix, std::int64_t rows,
-              std::int64_t inner, std::int64_t columns) {
-  const std::int64_t panels = (columns + kPanel - 1) / kPanel;
-  std::vector<float> packed(static_cast<std::size_t>(panels * inner * kPanel));
-  for (std::int64_t k = 0; k < inner; ++k) {
-    for (std::int64_t j = 0; j < columns; ++j) {
-      packed[static_cast<std::size_t>((j / kPanel * inner + k) * kPanel + j % kPanel)] =
-          matrix[k * columns + j];
-    }
-  }
-  for (std::int64_t first = 0; first < rows; first += kRowBlock) {
-    const std::int64_t block = std::min(kRowBlock, rows - first);
-    for (std::int64_t k = 0; k < inner; k += kInnerBlock) {
-      for (std::int64_t p = 0; p < panels; ++p) {
-        const float* panel = packed.data() + (p * inner + k) * kPanel;
-        const auto width =
-            static_cast<std::size_t>(std::min<std::int64_t>(kPanel, columns - p * kPanel));
-        for_tiles(block, [&](std::int64_t i, auto tile_rows) {
-          float* to = out + (first + i) * columns + p * kPanel;
-          PanelRow sum[tile_rows] = {};
-          for (int r = 0; k > 0 && r < tile_rows; ++r) {
-            std::memcpy(&sum[r], to + r * columns, width * sizeof(float));
-          }
-          add_products<tile_rows>(sum, x + (first + i) * inner + k, inner, panel,
-                                  std::min(kInnerBlock, inner - k));
-          for (int r = 0; r < tile_rows; ++r) {
-            std::memcpy(to + r * columns, &sum[r], width * sizeof(float));
-          }
-        });
-      }
-    }
-  }
-  if (inner == 0) std::fill(out, out + rows * columns, 0.0F);
-}
-
 void bucket_keys(std::uint64_t* keys, const float* z, std::int64_t rows, std::int64_t stride,
                  int hashes, int m) {
   for (std::int64_t i = 0; i < rows; ++i) keys[i] = bucket_key(z + i * stride, hashes, m);
@@ -154,21 +76,27 @@ std::int64_t group_by_key(std::int64_t* order, std::int64_t* offsets, const std:
   return groups;
 }
 
-void segment_mean(float* out, const float* x, const std::int64_t* order,
-                  const std::int64_t* offsets, std::int64_t segments, std::int64_t columns) {
+template <class T>
+void segment_mean(float* out, const T* x, const std::int64_t* order, const std::int64_t* offsets,
+                  std::int64_t segments, std::int64_t columns) {
   for (std::int64_t s = 0; s < segments; ++s) {
     float* mean = out + s * columns;
     std::fill(mean, mean + columns, 0.0F);
     const std::int64_t members = offsets[s + 1] - offsets[s];
     if (members == 0) continue;
     for (std::int64_t i = offsets[s]; i < offsets[s + 1]; ++i) {
-      const float* row = x + order[i] * columns;
-      for (std::int64_t j = 0; j < columns; ++j) mean[j] += row[j];
+      const T* row = x + order[i] * columns;
+      for (std::int64_t j = 0; j < columns; ++j) mean[j] += to_float(row[j]);
     }
     const float scale = 1.0F / static_cast<float>(members);
     for (std::int64_t j = 0; j < columns; ++j) mean[j] *= scale;
   }
 }
+
+template void segment_mean<float>(float*, const float*, const std::int64_t*, const std::int64_t*,
+                                  std::int64_t, std::int64_t);
+template void segment_mean<Bfloat16>(float*, const Bfloat16*, const std::int64_t*,
+                                     const std::int64_t*, std::int64_t, std::int64_t);
 
 void nearest_centroid(std::int64_t* nearest, float* distance, float* scratch, const float* z,
                       const float* centroids, std::int64_t rows, std::int64_t count,

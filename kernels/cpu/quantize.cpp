@@ -60,16 +60,34 @@ bool quantize(std::int32_t* q, const float* r, std::int64_t count, float step,
 }
 
 namespace {
+template <class T, bool kOffset, int kLanes>
+double sum_reconstruction_error(const float* x, const float* base, const std::int32_t* q,
+                                std::int64_t count, float step, const float* offset) {
+  // What the receiver has, then how far it is off: two loops that vectorise.
+  constexpr std::int64_t kBlock = 256;
+  float received[kBlock];
+  LaneSum<double, kLanes> sum;
+  for (std::int64_t first = 0; first < count; first += kBlock) {
+    const std::int64_t block = std::min(kBlock, count - first);
+    for (std::int64_t j = 0; j < block; ++j) {
+      const auto level = static_cast<float>(q[first + j]);
+      received[j] = to_float(
+          reconstruct<T>(base[first + j], kOffset ? level - offset[first + j] : level, step));
+    }
+    sum.add(block, [&](std::int64_t j) {
+      const double error = static_cast<double>(x[first + j]) - static_cast<double>(received[j]);
+      return error * error;
+    });
+  }
+  return sum.folded();
+}
+
 template <class T, bool kOffset>
 double sum_reconstruction_error(const float* x, const float* base, const std::int32_t* q,
                                 std::int64_t count, float step, const float* offset) {
-  return lane_sum<double>(count, [=](std::int64_t i) {
-    const auto whole = static_cast<float>(q[i]);
-    const float value =
-        to_float(reconstruct<T>(base[i], kOffset ? whole - offset[i] : whole, step));
-    const double error = static_cast<double>(x[i]) - static_cast<double>(value);
-    return error * error;
-  });
+  return lanes_of(count) == kFewLanes
+             ? sum_reconstruction_error<T, kOffset, kFewLanes>(x, base, q, count, step, offset)
+             : sum_reconstruction_error<T, kOffset, kManyLanes>(x, base, q, count, step, offset);
 }
 }  // namespace
 

@@ -112,41 +112,6 @@ TEST(RandomOrthonormal, SeedsDiffer) {
   EXPECT_EQ(seen.size(), 50U);
 }
 
-TEST(Multiply, EqualsDouble) {
-  for (const std::int64_t rows : {0, 1, 3, 4, 9}) {
-    for (const std::int64_t inner : {1, 7, 100}) {
-      for (const std::int64_t columns : {1, 7, 8, 15, 16, 17, 24, 64, 67}) {
-        const auto x = normal(rows * inner, 1), m = normal(inner * columns, 2);
-        std::vector<float> out(static_cast<std::size_t>(rows * columns) + 1, 77.0F);
-        multiply(out.data(), x.data(), m.data(), rows, inner, columns);
-        for (std::int64_t i = 0; i < rows; ++i) {
-          for (std::int64_t j = 0; j < columns; ++j) {
-            double want = 0, size = 0;
-            for (std::int64_t k = 0; k < inner; ++k) {
-              const double product = at(x, i * inner + k) * at(m, k * columns + j);
-              want += product;
-              size += std::abs(product);
-            }
-            EXPECT_NEAR(at(out, i * columns + j), want, 1e-6 * size + 1e-30);
-          }
-        }
-        EXPECT_EQ(out.back(), 77.0F);
-      }
-    }
-  }
-}
-
-TEST(Multiply, ARowDoesNotDependOnTheOthers) {
-  const auto x = normal(7 * 33, 1), m = normal(33 * 19, 2);
-  std::vector<float> all(7 * 19), one(19);
-  multiply(all.data(), x.data(), m.data(), 7, 33, 19);
-  for (std::size_t i = 0; i < 7; ++i) {
-    multiply(one.data(), x.data() + 33 * i, m.data(), 1, 33, 19);
-    EXPECT_TRUE(
-        std::equal(one.begin(), one.end(), all.begin() + static_cast<std::ptrdiff_t>(19 * i)));
-  }
-}
-
 TEST(GroupByKey, IsStable) {
   const std::uint64_t top = ~std::uint64_t{0};
   const std::uint64_t keys[] = {9, 3, top, 3, 9, 0, 3, top};
