@@ -40,9 +40,10 @@ Buckets make_buckets(const ClusterInput& input, const CodecOptions& options) {
   return buckets;
 }
 
-// Means of `count` clusters of the rows of x [rows, columns]; rows at -1 belong to none.
-std::vector<float> means(const float* x, const std::vector<std::int64_t>& assignment,
-                         std::int64_t count, std::int64_t columns) {
+// Means of `count` clusters of the rows; those at -1 belong to none.
+template <class T>
+std::vector<float> means(const RowsView<T>& rows, const std::vector<std::int64_t>& assignment,
+                         std::int64_t count) {
   std::vector<std::int64_t> offsets(static_cast<std::size_t>(count) + 1, 0);
   for (const std::int64_t cluster : assignment) {
     if (cluster >= 0) ++offsets[static_cast<std::size_t>(cluster) + 1];
@@ -53,11 +54,17 @@ std::vector<float> means(const float* x, const std::vector<std::int64_t>& assign
   for (std::size_t i = 0; i < assignment.size(); ++i) {
     if (assignment[i] < 0) continue;
     order[static_cast<std::size_t>(next[static_cast<std::size_t>(assignment[i])]++)] =
-        static_cast<std::int64_t>(i);
+        rows.number(static_cast<std::int64_t>(i));
   }
-  std::vector<float> mean(static_cast<std::size_t>(count * columns));
-  kernels::segment_mean(mean.data(), x, order.data(), offsets.data(), count, columns);
+  std::vector<float> mean(static_cast<std::size_t>(count * rows.hidden));
+  kernels::segment_mean(mean.data(), rows.data, order.data(), offsets.data(), count, rows.hidden);
   return mean;
+}
+std::vector<float> means(const float* x, const std::vector<std::int64_t>& assignment,
+                         std::int64_t count, std::int64_t columns) {
+  return means(
+      RowsView<float>{x, nullptr, 0, static_cast<std::int64_t>(assignment.size()), columns},
+      assignment, count);
 }
 
 // The buckets by_size[0 .. count) as they are; the other rows in none.
@@ -93,11 +100,23 @@ std::int64_t drop_empty(std::vector<std::int64_t>& assignment, std::int64_t coun
   return renumber(assignment, used);
 }
 
+void set_centroids(const ClusterInput& input, Clusters& clusters) {
+  if (input.x == nullptr) return;
+  clusters.centroids = means(input.x, clusters.assignment, clusters.count, input.hidden);
+}
+
 // Bits per element of a row whose residual has `ratio` times the squared bound: fitted to coded
 // rows of several layers (4.2 at ratio 100 with row-shaped residuals).
 double expected_bits(double ratio) { return 0.5 * std::log2(1 + 2.3 * ratio); }
 
 }  // namespace
+
+template <class T>
+std::vector<float> cluster_means(const RowsView<T>& rows, const Clusters& clusters) {
+  return means(rows, clusters.assignment, clusters.count);
+}
+template std::vector<float> cluster_means(const RowsView<float>&, const Clusters&);
+template std::vector<float> cluster_means(const RowsView<kernels::Bfloat16>&, const Clusters&);
 
 Clusters bucket_clusters(const ClusterInput& input, const CodecOptions& options) {
   Clusters clusters;
@@ -118,7 +137,7 @@ Clusters bucket_clusters(const ClusterInput& input, const CodecOptions& options)
                               /*or_none=*/false);
     clusters.count = drop_empty(clusters.assignment, clusters.count);
   }
-  clusters.centroids = means(input.x, clusters.assignment, clusters.count, input.hidden);
+  set_centroids(input, clusters);
   return clusters;
 }
 
@@ -139,8 +158,7 @@ std::vector<Probe> split_off_probes(const ClusterInput& input, const CodecOption
     std::int64_t& cluster = clusters.assignment[static_cast<std::size_t>(row)];
     probes.push_back({row, std::exchange(cluster, clusters.count++)});
   }
-  if (!probes.empty())
-    clusters.centroids = means(input.x, clusters.assignment, clusters.count, input.hidden);
+  if (!probes.empty()) set_centroids(input, clusters);
   return probes;
 }
 
@@ -234,7 +252,7 @@ Clusters paying_clusters(const ClusterInput& input, const CodecOptions& options,
   }
   clusters.count = drop_empty(clusters.assignment, clusters.count);
   if (clusters.count == 0) return none;
-  clusters.centroids = means(input.x, clusters.assignment, clusters.count, input.hidden);
+  set_centroids(input, clusters);
   return clusters;
 }
 

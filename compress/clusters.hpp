@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "lshmoe/compress/codec.hpp"
+#include "lshmoe/compress/rows_view.hpp"
 
 namespace lshmoe {
 
@@ -13,16 +14,20 @@ namespace lshmoe {
 struct Clusters {
   std::int64_t count = 0;
   std::vector<std::int64_t> assignment;  ///< [n] 0 .. count-1, or -1
-  std::vector<float> centroids;          ///< [count, hidden]
+  std::vector<float> centroids;          ///< [count, hidden]; empty where the input had no x
 };
 
 /// One group, and what the search for clusters reads of it.
 struct ClusterInput {
   std::int64_t rows = 0;
   std::int64_t hidden = 0;
-  const float* x = nullptr;  ///< [rows, hidden]
+  const float* x = nullptr;  ///< [rows, hidden]; null: cluster_means makes the centroids
   const float* z = nullptr;  ///< [rows, projection], centred, scaled to about 1
 };
+
+/// [count, hidden]: the centroids of clusters of these rows.
+template <class T>
+[[nodiscard]] std::vector<float> cluster_means(const RowsView<T>& rows, const Clusters& clusters);
 
 /// All LSH buckets (refine = 0), or the max_clusters largest moved to nearest centroids: every row
 /// has a cluster. For restore=source.

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "lshmoe/compress/channel_order.hpp"
 #include "lshmoe/compress/clusters.hpp"
 #include "lshmoe/kernels/bands.hpp"
 #include "lshmoe/kernels/checksum.hpp"
@@ -52,6 +53,18 @@ void unpack_bases(LearnedState& state, const CodecOptions& options) {
   state.bases.assign(values, values + rows.numel());
 }
 
+/// torch on one thread while it lives: sums of LAPACK and BLAS depend on their number.
+class OneThread {
+ public:
+  OneThread() : before_(at::get_num_threads()) { at::set_num_threads(1); }
+  ~OneThread() { at::set_num_threads(before_); }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  int before_;
+};
+
 /// The fields that follow from the others.
 void derive(LearnedState& state, const CodecOptions& options, std::span<const float> projection) {
   const std::int64_t columns = options.projection(), hidden = state.hidden;
@@ -73,7 +86,8 @@ void derive(LearnedState& state, const CodecOptions& options, std::span<const fl
   if (!state.basis.defined()) return;
   // Before anything is solved with it: no element of an orthonormal basis is above 1, NaN is not
   // below, and what hardly stretches or shrinks a row can be inverted.
-  const at::Tensor exact = state.basis.to(at::kDouble);
+  const OneThread guard;
+  const at::Tensor basis = state.basis.to(at::kFloat), exact = basis.to(at::kDouble);
   const double largest = exact.abs().max().item<double>();
   LSHMOE_VALIDATE(largest < 1.1, "a learned basis has an element of ", largest,
                   " (it is far from orthonormal)", kDamaged);
@@ -83,15 +97,18 @@ void derive(LearnedState& state, const CodecOptions& options, std::span<const fl
                   "a learned basis stretches the squares of rows by ", least, " to ", most,
                   " (it is far from orthonormal)", kDamaged);
   state.stretch = std::sqrt(most) * (1 + 1e-9);
-  state.inverse = at::linalg_inv(exact).to(at::kFloat).contiguous();
+  const at::Tensor inverse = at::linalg_inv(exact).to(at::kFloat).contiguous();
+  state.to_residual = kernels::PackedMatrix(basis.const_data_ptr<float>(), hidden, hidden);
+  state.to_coefficients = kernels::PackedMatrix(inverse.const_data_ptr<float>(), hidden, hidden);
 }
 
 }  // namespace
 
 std::int64_t LearnedState::memory_bytes() const {
   const auto floats = parcel.size() / 4 + 2 * bases.size() + mean_z.size() + centroids_z.size();
+  const auto packed = to_residual.packed().size() + to_coefficients.packed().size();
   const auto square = basis.defined() ? 2 * hidden * hidden : 0;
-  return static_cast<std::int64_t>(4 * (floats + order.size())) + 4 * square;
+  return static_cast<std::int64_t>(4 * (floats + order.size() + packed)) + square;
 }
 
 std::uint32_t LearnedState::checksum() const {
@@ -101,29 +118,13 @@ std::uint32_t LearnedState::checksum() const {
   };
   add(bases);
   add(order);
-  for (const at::Tensor& matrix : {basis, inverse}) {
-    if (matrix.defined()) sum = kernels::checksum(matrix.const_data_ptr(), matrix.nbytes(), sum);
-  }
+  add(to_residual.packed());
+  add(to_coefficients.packed());
   add(std::array{stretch});
   add(ordered_bases);
   add(mean_z);
   add(centroids_z);
   return sum;
-}
-
-std::vector<std::int32_t> order_by_energy(const std::vector<float>& energy) {
-  if (energy.size() <= kernels::kBandValues) return {};
-  std::vector<std::int32_t> order(energy.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
-    return energy[static_cast<std::size_t>(a)] > energy[static_cast<std::size_t>(b)];
-  });
-  for (std::size_t band = 0; band < order.size(); band += kernels::kBandValues) {
-    std::sort(order.begin() + static_cast<std::ptrdiff_t>(band),
-              order.begin() +
-                  static_cast<std::ptrdiff_t>(std::min(order.size(), band + kernels::kBandValues)));
-  }
-  return order;
 }
 
 LearnedState fit_state(const at::Tensor& rows_in, const CodecOptions& options, bool by_group,
@@ -179,10 +180,11 @@ LearnedState fit_state(const at::Tensor& rows_in, const CodecOptions& options, b
   }
   state.order = order_by_energy(energy);
   if (options.transform() == "basis" && n >= kRowsPerDirection * hidden) {
+    const OneThread guard;
     const at::Tensor exact = residuals.to(at::kDouble);
     const at::Tensor directions =
         std::get<1>(at::linalg_eigh(exact.t().matmul(exact))).t().flip(0);  // largest first
-    state.basis = directions.to(at::kBFloat16).to(at::kFloat).contiguous();
+    state.basis = directions.to(at::kBFloat16).contiguous();
   }
   derive(state, options, projection);
   return state;
@@ -223,8 +225,7 @@ std::vector<std::uint8_t> to_bytes(const LearnedState& state) {
     out += channel;
   }
   if (square > 0) {
-    const at::Tensor basis = state.basis.to(at::kBFloat16).contiguous();
-    std::memcpy(out, basis.const_data_ptr(), 2 * square);
+    std::memcpy(out, state.basis.const_data_ptr(), 2 * square);
   }
   const std::uint32_t sum = kernels::checksum(bytes.data() + 8, bytes.size() - 8);
   std::memcpy(bytes.data() + 4, &sum, 4);
@@ -273,9 +274,8 @@ LearnedState state_from_bytes(std::span<const std::uint8_t> bytes, std::int64_t 
     met[static_cast<std::size_t>(value)] = true;
   }
   if (has_basis) {
-    at::Tensor basis = at::empty({hidden, hidden}, at::kBFloat16);
-    std::memcpy(basis.mutable_data_ptr(), in, 2 * square);
-    state.basis = basis.to(at::kFloat);
+    state.basis = at::empty({hidden, hidden}, at::kBFloat16);
+    std::memcpy(state.basis.mutable_data_ptr(), in, 2 * square);
   }
   derive(state, options, projection);
   return state;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "lshmoe/compress/codec.hpp"
+#include "lshmoe/kernels/packed_matrix.hpp"
 
 namespace lshmoe {
 
@@ -20,16 +21,15 @@ struct LearnedState {
   std::vector<float> bases;
   std::vector<std::uint8_t> parcel;  ///< the bases as they travel
   std::vector<std::int32_t> order;   ///< [hidden] channels by falling energy; empty: as they are
-  /// [hidden, hidden], values of bfloat16, row j the j-th direction; undefined: none. r =
-  /// coefficients basis, and
-  /// coefficients = r inverse: the basis is not exactly orthonormal.
-  at::Tensor basis, inverse;
-  double stretch = 1.0;  ///< |coefficients basis| <= stretch |coefficients|
-
+  at::Tensor basis;  ///< [hidden, hidden] bfloat16, row j the j-th direction; undefined: none
   // Derived: the bases in coding order, and in the projection, for the sender's search.
   std::vector<float> ordered_bases;  ///< [1 + centroids, hidden]
   std::vector<float> mean_z;         ///< [projection]
   std::vector<float> centroids_z;    ///< [centroids, projection], less mean_z
+  // And with a basis, which is not exactly orthonormal: residual = coefficients to_residual,
+  // coefficients = residual to_coefficients.
+  kernels::PackedMatrix to_residual, to_coefficients;
+  double stretch = 1.0;  ///< |residual| <= stretch |coefficients|
 
   [[nodiscard]] std::int64_t memory_bytes() const;
   /// Of everything above but the version's number.
@@ -40,7 +40,7 @@ struct LearnedState {
 /// nearest-centroid updates (options.codebook_size at most, eight rows each at least), the channel
 /// order of the residuals and, with transform=basis and at least 4 x hidden rows, the eigenvectors
 /// of their second moment. Residuals count in units of their row's bound: by_group says that it is
-/// the same for all rows. Local; deterministic.
+/// the same for all rows. Local; deterministic, for any number of threads.
 [[nodiscard]] LearnedState fit_state(const at::Tensor& rows, const CodecOptions& options,
                                      bool by_group, std::span<const float> projection,
                                      std::uint32_t version);
@@ -54,9 +54,5 @@ struct LearnedState {
                                             std::span<const float> projection);
 /// Bytes that no state of these options is larger than.
 [[nodiscard]] std::size_t most_state_bytes(std::int64_t hidden, const CodecOptions& options);
-
-/// Channels by falling energy, cut into bands, ascending within a band. Empty when there is one
-/// band only. energy [hidden].
-[[nodiscard]] std::vector<std::int32_t> order_by_energy(const std::vector<float>& energy);
 
 }  // namespace lshmoe

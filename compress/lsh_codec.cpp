@@ -11,8 +11,9 @@
 #include <unordered_map>
 #include <utility>
 
-#include "lshmoe/compress/clusters.hpp"
+#include "lshmoe/compress/channel_order.hpp"
 #include "lshmoe/compress/cpu_codec.hpp"
+#include "lshmoe/compress/group_plan.hpp"
 #include "lshmoe/compress/learned_state.hpp"
 #include "lshmoe/compress/noise.hpp"
 #include "lshmoe/compress/phases.hpp"
@@ -25,111 +26,6 @@
 
 namespace lshmoe {
 namespace {
-
-// Relative errors of what rows are taken from; their own error does not add, so coarse is cheap.
-constexpr double kMeanError = 0.05;
-constexpr double kCentroidError = 0.1;
-// Clusters that look better than this on the sample of rows are better on all of them.
-constexpr double kSampleTrust = 0.85;
-
-int class_bits(std::int64_t bands) {
-  return static_cast<int>(std::bit_width(static_cast<std::uint64_t>(bands - 1)));
-}
-std::size_t order_bytes(std::int64_t hidden, std::int64_t bands) {
-  return static_cast<std::size_t>((hidden * class_bits(bands) + 7) / 8);
-}
-
-// The channel order: the channels of band 0 ascending, then those of band 1, ... What travels is
-// every channel's band.
-void write_order(std::uint8_t* out, const std::vector<std::int32_t>& order, std::int64_t bands) {
-  std::vector<std::uint32_t> band(order.size());
-  for (std::size_t i = 0; i < order.size(); ++i) {
-    band[static_cast<std::size_t>(order[i])] = static_cast<std::uint32_t>(i / kernels::kBandValues);
-  }
-  const int bits = class_bits(bands);
-  std::uint64_t word = 0;
-  int filled = 0;
-  for (const std::uint32_t value : band) {
-    word |= std::uint64_t{value} << filled;
-    for (filled += bits; filled >= 8; filled -= 8, word >>= 8)
-      *out++ = static_cast<std::uint8_t>(word);
-  }
-  if (filled > 0) *out = static_cast<std::uint8_t>(word);
-}
-
-std::vector<std::int32_t> read_order(const std::uint8_t* in, std::int64_t hidden,
-                                     std::int64_t bands) {
-  const int bits = class_bits(bands);
-  std::vector<std::int32_t> next(static_cast<std::size_t>(bands));
-  for (std::size_t band = 0; band < next.size(); ++band) {
-    next[band] = static_cast<std::int32_t>(band) * kernels::kBandValues;
-  }
-  std::vector<std::int32_t> order(static_cast<std::size_t>(hidden));
-  std::uint64_t word = 0;
-  int filled = 0;
-  for (std::int64_t channel = 0; channel < hidden; ++channel) {
-    for (; filled < bits; filled += 8) word |= std::uint64_t{*in++} << filled;
-    const std::uint64_t band = word & ((std::uint64_t{1} << bits) - 1);
-    word >>= bits;
-    filled -= bits;
-    LSHMOE_VALIDATE(band < static_cast<std::uint64_t>(bands),
-                    "decode: a channel's band does not exist (damaged parcel)");
-    const std::int64_t end = std::min<std::int64_t>(
-        hidden, (static_cast<std::int64_t>(band) + 1) * kernels::kBandValues);
-    LSHMOE_VALIDATE(next[band] < end, "decode: a band has too many channels (damaged parcel)");
-    order[static_cast<std::size_t>(next[band]++)] = static_cast<std::int32_t>(channel);
-  }
-  return order;
-}
-
-// Buffers of one encode call, kept from group to group.
-struct Workspace {
-  std::vector<float> x;             // [rows, hidden]
-  std::vector<float> z;             // [rows, projection]
-  std::vector<double> norm, bound;  // [rows]
-  std::vector<float> row;           // [hidden]
-};
-
-// Rows that the parcel holds apart from its own: [mean] + centroids, coded like rows.
-struct Base {
-  std::vector<float> mean;       // [hidden] decoded, natural order; empty: none
-  std::vector<float> centroids;  // [K, hidden] decoded, natural order, mean included
-  std::vector<std::uint8_t> mean_record, mean_payload;
-  std::vector<std::uint8_t> records, payloads;
-  [[nodiscard]] std::size_t bytes() const {
-    return mean_record.size() + mean_payload.size() + records.size() + payloads.size();
-  }
-};
-
-// Codes `row` (less `from`) to `relative` and appends record and payload; returns what decodes.
-std::vector<float> code_base_row(RowCoder<float>& coder, const float* row, const float* from,
-                                 const std::int32_t* order, double relative,
-                                 std::vector<std::uint8_t>& records,
-                                 std::vector<std::uint8_t>& payloads) {
-  const auto hidden = static_cast<std::size_t>(coder.layout().hidden);
-  std::vector<float> ordered(hidden), zeros(hidden, 0.0F), decoded(hidden);
-  for (std::size_t j = 0; j < hidden; ++j) {
-    const auto channel = order != nullptr ? static_cast<std::size_t>(order[j]) : j;
-    ordered[j] = row[channel] - (from != nullptr ? from[channel] : 0.0F);
-  }
-  const double norm = std::sqrt(kernels::squared_norm(ordered.data(), coder.layout().hidden));
-  const std::size_t record = records.size(), payload = payloads.size();
-  records.resize(record + coder.layout().record_bytes);
-  payloads.resize(payload + coder.max_payload());
-  double error = 0;
-  const std::size_t bytes =
-      coder.encode(records.data() + record, payloads.data() + payload, ordered.data(), zeros.data(),
-                   ordered.data(), relative * norm, norm, 0, &error);
-  coder.decode(decoded.data(), records.data() + record, payloads.data() + payload, bytes + 8,
-               zeros.data());
-  payloads.resize(payload + bytes);
-  std::vector<float> natural(hidden);
-  for (std::size_t j = 0; j < hidden; ++j) {
-    const auto channel = order != nullptr ? static_cast<std::size_t>(order[j]) : j;
-    natural[channel] = decoded[j] + (from != nullptr ? from[channel] : 0.0F);
-  }
-  return natural;
-}
 
 template <class T>
 class LshCodec final : public CpuCodec, public LshInternals {
@@ -144,7 +40,9 @@ class LshCodec final : public CpuCodec, public LshInternals {
                                                            noise_stream(options.seed(), context)))
                                                      : std::nullopt),
         projection_(whole_ ? std::vector<float>()
-                           : projection_matrix(options, context.hidden_size, context.layer)) {}
+                           : projection_matrix(options, context.hidden_size, context.layer)),
+        packed_projection_(projection_.data(), whole_ ? 0 : context.hidden_size,
+                           whole_ ? 0 : options.projection()) {}
 
   void observe(const at::Tensor& x, const at::Tensor& row_index) override {
     if (!learned_ || !fit_is_due(refreshes_ + 1) || x.numel() == 0) return;
@@ -237,7 +135,8 @@ class LshCodec final : public CpuCodec, public LshInternals {
   bool whole_;  // every row travels as it is
   bool learned_;
   std::optional<std::uint32_t> dither_key_;
-  std::vector<float> projection_;
+  std::vector<float> projection_;  // [hidden, projection]; empty where all rows go whole
+  kernels::PackedMatrix packed_projection_;
 
   // state=learned. Parcels of the former version may still be on their way to decode.
   std::shared_ptr<const LearnedState> current_, previous_;
@@ -347,22 +246,23 @@ class LshCodec final : public CpuCodec, public LshInternals {
   Encoded do_encode(const Source& source,
                     const std::vector<int64_t>& rows_per_group) const override {
     const int64_t hidden = context().hidden_size;
+    const RowsView<T> all{static_cast<const T*>(source.data), source.index, 0, source.rows, hidden};
     Encoded encoded;
     Stream stream;
-    Workspace work;
     LearnedRows learned;
-    if (current_ && !by_group_) learned = encode_once(source, work);
+    if (current_ && !by_group_) learned = encode_once(all);
     int64_t first = 0;
     for (const int64_t rows : rows_per_group) {
       const std::size_t before = stream.bytes.size();
       const std::int64_t centroids_before = stream.centroid_count;
       if (rows > 0) {
+        const RowsView<T> group = all.part(first, rows);
         if (current_) {
-          encode_with_state(source, first, rows, learned, work, stream, encoded.stats);
-        } else if (load(source, first, rows, work); source_) {
-          encode_centroids(rows, work, stream, encoded.stats);
+          encode_with_state(group, learned, stream, encoded.stats);
+        } else if (source_) {
+          encode_centroids(group, stream, encoded.stats);
         } else {
-          encode_rows(rows, work, stream, encoded.stats);
+          encode_rows(bounded(group), stream, encoded.stats);
         }
       }
       encoded.bytes_per_group.push_back(static_cast<int64_t>(stream.bytes.size() - before));
@@ -391,63 +291,55 @@ class LshCodec final : public CpuCodec, public LshInternals {
     return encoded;
   }
 
-  // The group's rows as fp32 and their norms; refuses NaN and Inf.
-  void load(const Source& source, int64_t first, int64_t rows, Workspace& work) const {
+  // Norms of the rows; refuses NaN and Inf.
+  std::vector<double> norms(const RowsView<T>& rows) const {
     const int64_t hidden = context().hidden_size;
-    const PhaseTimer timer(Phase::load, static_cast<int64_t>(sizeof(T) + 4) * rows * hidden);
-    work.x.resize(static_cast<std::size_t>(rows * hidden));
-    work.norm.resize(static_cast<std::size_t>(rows));
-    for (int64_t i = 0; i < rows; ++i) {
-      float* x = work.x.data() + i * hidden;
-      kernels::convert(x, static_cast<const T*>(source.data) + source.row(first + i) * hidden,
-                       hidden);
-      const double squared = kernels::squared_norm(x, hidden);
+    const PhaseTimer timer(Phase::load, static_cast<int64_t>(sizeof(T)) * rows.rows * hidden);
+    std::vector<double> norms(static_cast<std::size_t>(rows.rows));
+    std::vector<float> x(static_cast<std::size_t>(hidden));
+    for (int64_t i = 0; i < rows.rows; ++i) {
+      rows.read(x.data(), i);
+      const double squared = kernels::squared_norm(x.data(), hidden);
       LSHMOE_VALIDATE(
-          std::isfinite(squared), "encode: row ", source.row(first + i), " holds NaN or Inf (",
+          std::isfinite(squared), "encode: row ", rows.number(i), " holds NaN or Inf (",
           name_of(context().direction), " of layer ", context().layer,
           "; no error bound holds for it): find where it comes from, or use kind bf16 or "
           "none, which pass it on");
-      work.norm[static_cast<std::size_t>(i)] = std::sqrt(squared);
+      norms[static_cast<std::size_t>(i)] = std::sqrt(squared);
     }
+    return norms;
   }
-
-  // Z of the group's rows less their mean, scaled by a power of two to about 1. Returns the scale
-  // of energies: |x - mean|^2 is about that times |z|^2. 0: nothing to cluster.
-  double project(int64_t rows, const float* mean, Workspace& work) const {
-    const int64_t hidden = context().hidden_size;
-    const int64_t columns = options().projection();
-    const PhaseTimer timer(Phase::project, 4 * (rows + columns) * hidden + 4 * rows * columns);
-    work.z.resize(static_cast<std::size_t>(rows * columns));
-    kernels::multiply(work.z.data(), work.x.data(), projection_.data(), rows, hidden, columns);
-    std::vector<float> centre(static_cast<std::size_t>(columns));
-    kernels::multiply(centre.data(), mean, projection_.data(), 1, hidden, columns);
-    double energy = 0;
-    for (int64_t i = 0; i < rows; ++i) {
-      float* z = work.z.data() + i * columns;
-      for (int64_t j = 0; j < columns; ++j) z[j] -= centre[static_cast<std::size_t>(j)];
-      energy += kernels::squared_norm(z, columns);
+  // The rows of one group and their bounds.
+  BoundedRows<T> bounded(const RowsView<T>& rows) const {
+    BoundedRows<T> group{rows, norms(rows), {}};
+    group.bound.resize(group.norm.size());
+    const double of_group = group_bound(group.norm);
+    for (std::size_t i = 0; i < group.bound.size(); ++i) {
+      group.bound[i] = by_group_ ? of_group : options().max_error() * group.norm[i];
     }
-    const double rms = std::sqrt(energy / static_cast<double>(rows * columns));
-    if (!(rms > 1e-35) || !(rms < 1e35)) return 0;
-    const float scale = std::ldexp(1.0F, -std::ilogb(rms));
-    for (float& value : work.z) value *= scale;
-    double squared = 0;
-    for (const double norm : work.norm) squared += norm * norm;
-    const double centred =
-        squared - static_cast<double>(rows) * kernels::squared_norm(mean, hidden);
-    return centred > 0
-               ? centred / (energy * static_cast<double>(scale) * static_cast<double>(scale))
+    return group;
+  }
+  [[nodiscard]] double group_bound(const std::vector<double>& norm) const {
+    const double squared = kernels::lane_sum<double>(
+        static_cast<std::int64_t>(norm.size()),
+        [from = norm.data()](std::int64_t i) { return from[i] * from[i]; });
+    return options().max_error() * std::sqrt(squared / static_cast<double>(norm.size()));
+  }
+  // The step that a group's rows take fractions of; 0: every row has its own.
+  [[nodiscard]] float common_step(const BoundedRows<T>& group) const {
+    return by_group_ && !group.bound.empty()
+               ? kernels::group_step(group.bound[0], context().hidden_size)
                : 0;
   }
 
   // restore=source -------------------------------------------------------------------------------
 
-  void encode_centroids(int64_t rows, Workspace& work, Stream& stream, CodecStats& stats) const {
-    const int64_t hidden = context().hidden_size;
-    std::vector<float> mean(static_cast<std::size_t>(hidden));
-    group_mean(mean, rows, work);
-    static_cast<void>(project(rows, mean.data(), work));
-    const ClusterInput input{rows, hidden, work.x.data(), work.z.data()};
+  void encode_centroids(const RowsView<T>& group, Stream& stream, CodecStats& stats) const {
+    const int64_t hidden = context().hidden_size, rows = group.rows;
+    const GroupPlanner<T> planner(options(), packed_projection_);
+    const BoundedRows<T> measured{group, norms(group), {}};
+    const auto projected = planner.project(measured, planner.mean_of(group));
+    const ClusterInput input{rows, hidden, nullptr, projected.z.data()};
     Clusters clusters = bucket_clusters(input, options());
     if (options().estimate_alpha()) {
       for (const Probe& probe : split_off_probes(input, options(), clusters)) {
@@ -455,6 +347,7 @@ class LshCodec final : public CpuCodec, public LshInternals {
                                  stream.centroid_count + probe.cluster});
       }
     }
+    clusters.centroids = cluster_means(group, clusters);
     ParcelHeader header;
     header.kind = parcel_kind();
     header.dtype = context().dtype;
@@ -470,17 +363,19 @@ class LshCodec final : public CpuCodec, public LshInternals {
       clusters.centroids[i] = kernels::to_float(value);
     }
     seal_parcel(header, {stream.bytes.data() + begin, ParcelHeader::kBytes + header.body_bytes});
+    std::vector<float> x(static_cast<std::size_t>(hidden));
     for (int64_t i = 0; i < rows; ++i) {
       const auto row = static_cast<std::size_t>(i);
       const std::int64_t cluster = clusters.assignment[row];
-      const float* x = work.x.data() + i * hidden;
+      group.read(x.data(), i);
       const float* c = clusters.centroids.data() + cluster * hidden;
       double error = 0;
       for (int64_t j = 0; j < hidden; ++j) {
-        const double difference = static_cast<double>(x[j]) - static_cast<double>(c[j]);
+        const double difference =
+            static_cast<double>(x[static_cast<std::size_t>(j)]) - static_cast<double>(c[j]);
         error += difference * difference;
       }
-      add_error(std::sqrt(error), 0, work.norm[row], stream, stats);
+      add_error(std::sqrt(error), 0, measured.norm[row], stream, stats);
       stream.assignment.push_back(stream.centroid_count + cluster);
     }
     stream.centroids.insert(stream.centroids.end(), clusters.centroids.begin(),
@@ -490,31 +385,18 @@ class LshCodec final : public CpuCodec, public LshInternals {
 
   // restore=expert -------------------------------------------------------------------------------
 
-  // The rows' bounds. Returns the step that they take fractions of, 0: every row its own.
-  float set_bounds(int64_t rows, Workspace& work) const {
-    const auto n = static_cast<std::size_t>(rows);
-    work.bound.resize(n);
-    const double squared = kernels::lane_sum<double>(
-        rows, [norm = work.norm.data()](std::int64_t i) { return norm[i] * norm[i]; });
-    const double group_bound = options().max_error() * std::sqrt(squared / static_cast<double>(n));
-    for (std::size_t i = 0; i < n; ++i) {
-      work.bound[i] = by_group_ ? group_bound : options().max_error() * work.norm[i];
-    }
-    return by_group_ ? kernels::group_step(group_bound, context().hidden_size) : 0;
-  }
-
-  void encode_rows(int64_t rows, Workspace& work, Stream& stream, CodecStats& stats) const {
-    const int64_t hidden = context().hidden_size;
+  void encode_rows(const BoundedRows<T>& group, Stream& stream, CodecStats& stats) const {
+    const int64_t hidden = context().hidden_size, rows = group.rows.rows;
     const auto n = static_cast<std::size_t>(rows);
     if (whole_) {
-      append_whole(rows, work, stream, stats);
+      append_whole(group.rows, stream, stats);
       return;
     }
-    const float step_on_wire = set_bounds(rows, work);
+    const float step_on_wire = common_step(group);
     const bool grouped = step_on_wire > 0;
     const StepCode steps = step_codes(step_on_wire);
-    RowCoder<float> base_coder(hidden, StepCode(), 0);
-    Plan plan = choose_plan(rows, steps, work, base_coder, options().max_clusters() > 0);
+    const GroupPlan plan = GroupPlanner<T>(options(), packed_projection_)
+                               .choose(group, steps, options().max_clusters() > 0);
 
     RowCoder<T> coder(hidden, steps, centroid_id_bytes(plan.clusters.count));
     const RowLayout& layout = coder.layout();
@@ -541,30 +423,31 @@ class LshCodec final : public CpuCodec, public LshInternals {
     append(plan.base.payloads);
 
     // Bases in coding order: 0 is what rows without a cluster are taken from.
-    const auto bases = ordered_bases(plan, hidden);
-    work.row.resize(static_cast<std::size_t>(hidden));
-    const std::int32_t* order = has_order ? plan.order.data() : nullptr;
+    const auto bases = plan.ordered_bases(hidden);
     const CodecStats stats_before = stats;
     const double relative_before = stream.relative_sum;
-    for (int64_t i = 0; i < rows; ++i) {
-      const auto row = static_cast<std::size_t>(i);
-      const float* natural = work.x.data() + i * hidden;
-      const float* x = natural;
-      if (order != nullptr) {
-        const PhaseTimer timer(Phase::order, 12 * hidden);
-        for (int64_t j = 0; j < hidden; ++j)
-          work.row[static_cast<std::size_t>(j)] = natural[order[j]];
-        x = work.row.data();
+    OrderedRows<T> ordered(hidden, plan.order);
+    std::vector<typename RowCoder<T>::Row> coded;
+    const std::int64_t block = block_rows(hidden);
+    for (int64_t first = 0; first < rows; first += block) {
+      const RowsView<T> part = group.rows.part(first, std::min(block, rows - first));
+      const float* x = ordered.read(part);
+      coded.clear();
+      for (int64_t i = 0; i < part.rows; ++i) {
+        const auto row = static_cast<std::size_t>(first + i);
+        const auto id = static_cast<std::uint32_t>(plan.clusters.assignment[row] + 1);
+        coded.push_back({x + i * hidden, bases.data() + static_cast<std::int64_t>(id) * hidden,
+                         part.row(i), group.bound[row], group.norm[row], id});
       }
-      const auto id = static_cast<std::uint32_t>(plan.clusters.assignment[row] + 1);
-      grow(stream.bytes, payload + coder.max_payload());
-      double error = 0;
-      std::uint8_t* record = stream.bytes.data() + directory + row * layout.record_bytes;
-      payload += coder.encode(record, stream.bytes.data() + payload, x,
-                              bases.data() + static_cast<std::int64_t>(id) * hidden, natural,
-                              work.bound[row], work.norm[row], id, &error);
-      stats.whole_rows += coder.is_whole(record) ? 1 : 0;
-      add_error(error, work.bound[row], work.norm[row], stream, stats);
+      grow(stream.bytes, payload + coded.size() * coder.max_payload());
+      payload += coder.encode(
+          std::span(coded),
+          stream.bytes.data() + directory + static_cast<std::size_t>(first) * layout.record_bytes,
+          stream.bytes.data() + payload);
+      for (const auto& row : coded) {
+        stats.whole_rows += row.step == steps.whole_row() ? 1 : 0;
+        add_error(row.error, row.bound, row.norm, stream, stats);
+      }
     }
     stream.bytes.resize(payload);
     if (payload - begin >= ParcelHeader::kBytes + n * whole_bytes()) {
@@ -572,7 +455,7 @@ class LshCodec final : public CpuCodec, public LshInternals {
       stream.bytes.resize(begin);
       stats = stats_before;
       stream.relative_sum = relative_before;
-      append_whole(rows, work, stream, stats);
+      append_whole(group.rows, stream, stats);
       return;
     }
     ParcelHeader header;
@@ -607,45 +490,45 @@ class LshCodec final : public CpuCodec, public LshInternals {
 
   // Reference row: nothing of a row's bytes depends on its group, so a token that goes to several
   // ranks is coded once.
-  LearnedRows encode_once(const Source& source, Workspace& work) const {
+  LearnedRows encode_once(const RowsView<T>& rows) const {
     LearnedRows learned;
-    std::unordered_map<std::int64_t, std::int64_t> seen;
     std::vector<std::int64_t> tokens;
-    seen.reserve(static_cast<std::size_t>(source.rows));
-    for (int64_t i = 0; i < source.rows; ++i) {
-      const auto [at, added] = seen.try_emplace(source.row(i), tokens.size());
-      if (added) tokens.push_back(source.row(i));
-      learned.number.push_back(at->second);
+    RowsView<T> distinct = rows;
+    if (rows.index != nullptr) {
+      std::unordered_map<std::int64_t, std::int64_t> seen;
+      seen.reserve(static_cast<std::size_t>(rows.rows));
+      for (int64_t i = 0; i < rows.rows; ++i) {
+        const auto [at, added] = seen.try_emplace(rows.number(i), tokens.size());
+        if (added) tokens.push_back(rows.number(i));
+        learned.number.push_back(at->second);
+      }
+      distinct.index = tokens.data();
+      distinct.rows = static_cast<int64_t>(tokens.size());
     }
-    const auto count = static_cast<int64_t>(tokens.size());
-    if (count == 0) return learned;
-    load({source.data, tokens.data(), count}, 0, count, work);
-    static_cast<void>(set_bounds(count, work));
-    learned.coded = StateCoder<T>(*current_, step_codes(0), options(), projection_)
-                        .encode(work.x.data(), count, work.norm.data(), work.bound.data());
-    learned.norm = work.norm;
-    learned.bound = work.bound;
+    code_with_state(learned, distinct);
     return learned;
   }
+  // Returns the group's step, as common_step.
+  float code_with_state(LearnedRows& learned, const RowsView<T>& rows) const {
+    BoundedRows<T> group = bounded(rows);
+    const float step = common_step(group);
+    learned.coded =
+        StateCoder<T>(*current_, step_codes(step), options(), packed_projection_).encode(group);
+    learned.norm = std::move(group.norm);
+    learned.bound = std::move(group.bound);
+    return step;
+  }
 
-  void encode_with_state(const Source& source, int64_t first, int64_t rows, LearnedRows& learned,
-                         Workspace& work, Stream& stream, CodecStats& stats) const {
+  void encode_with_state(const RowsView<T>& rows, LearnedRows& learned, Stream& stream,
+                         CodecStats& stats) const {
     const int64_t hidden = context().hidden_size;
-    const auto n = static_cast<std::size_t>(rows);
-    float step_on_wire = 0;
-    if (by_group_) {
-      load(source, first, rows, work);
-      step_on_wire = set_bounds(rows, work);
-      learned.coded = StateCoder<T>(*current_, step_codes(step_on_wire), options(), projection_)
-                          .encode(work.x.data(), rows, work.norm.data(), work.bound.data());
-      learned.norm = work.norm;
-      learned.bound = work.bound;
-    }
+    const auto n = static_cast<std::size_t>(rows.rows);
+    const float step_on_wire = by_group_ ? code_with_state(learned, rows) : 0;
     const StateRows& coded = learned.coded;
+    const std::size_t first = by_group_ ? 0 : static_cast<std::size_t>(rows.first);
     const auto number = [&](std::size_t i) {
-      return learned.number.empty()
-                 ? i
-                 : static_cast<std::size_t>(learned.number[static_cast<std::size_t>(first) + i]);
+      return learned.number.empty() ? first + i
+                                    : static_cast<std::size_t>(learned.number[first + i]);
     };
     const PhaseTimer timer(Phase::assemble);
     std::size_t bytes = 0;
@@ -655,9 +538,8 @@ class LshCodec final : public CpuCodec, public LshInternals {
     const RowLayout plain(hidden, step_codes(step_on_wire), 0, sizeof(T));
     const double payload_bits =
         8.0 * static_cast<double>(bytes - std::min(bytes, n * plain.record_bytes));
-    if (explained_bits(source, first, rows) < 0.95 * payload_bits || bytes >= n * whole_bytes()) {
-      load(source, first, rows, work);
-      encode_rows(rows, work, stream, stats);
+    if (explained_bits(rows) < 0.95 * payload_bits || bytes >= n * whole_bytes()) {
+      encode_rows(bounded(rows), stream, stats);
       return;
     }
 
@@ -669,7 +551,7 @@ class LshCodec final : public CpuCodec, public LshInternals {
     header.flags = static_cast<std::uint8_t>((step_on_wire > 0 ? kGroupStep : 0) |
                                              (dither_key_ ? kDither : 0) |
                                              (current_->basis.defined() ? kBasis : 0));
-    header.rows = static_cast<std::uint32_t>(rows);
+    header.rows = static_cast<std::uint32_t>(rows.rows);
     header.hidden_size = static_cast<std::uint32_t>(hidden);
     header.centroids = coded.codebook ? static_cast<std::uint32_t>(current_->centroids) : 0;
     header.state_version = current_->version;
@@ -692,199 +574,39 @@ class LshCodec final : public CpuCodec, public LshInternals {
     stream.assignment.insert(stream.assignment.end(), n, -1);
   }
 
-  // Bits, as Plan counts them, of a parcel that explains itself and has no clusters; from a
+  // Bits, as GroupPlan counts them, of a parcel that explains itself and has no clusters; from a
   // sample of the rows.
-  double explained_bits(const Source& source, int64_t first, int64_t rows) const {
+  double explained_bits(const RowsView<T>& rows) const {
     const PhaseTimer timer(Phase::plan);
     constexpr int64_t kSample = 64;
-    const int64_t stride = std::max<int64_t>(1, rows / kSample);
+    const int64_t stride = std::max<int64_t>(1, rows.rows / kSample);
     std::vector<std::int64_t> sample;
-    for (int64_t i = 0; i < rows; i += stride) sample.push_back(source.row(first + i));
+    for (int64_t i = 0; i < rows.rows; i += stride) sample.push_back(rows.number(i));
     const auto count = static_cast<int64_t>(sample.size());
-    Workspace work;
-    load({source.data, sample.data(), count}, 0, count, work);
-    const StepCode steps = step_codes(set_bounds(count, work));
-    RowCoder<float> base_coder(context().hidden_size, StepCode(), 0);
-    const Plan plan = choose_plan(count, steps, work, base_coder, /*clusters=*/false);
-    return plan.row_bits * static_cast<double>(rows) / static_cast<double>(count) +
+    const BoundedRows<T> group = bounded({rows.data, sample.data(), 0, count, rows.hidden});
+    const GroupPlan plan = GroupPlanner<T>(options(), packed_projection_)
+                               .choose(group, step_codes(common_step(group)), /*clusters=*/false);
+    return plan.row_bits * static_cast<double>(rows.rows) / static_cast<double>(count) +
            plan.shared_bits;
   }
 
-  // How the rows of one group are coded: what pays, by measuring a sample of them.
-  struct Plan {
-    Clusters clusters;
-    Base base;
-    std::vector<std::int32_t> order;  // empty: the channels as they are
-    // Estimated, without steps, band indices and header: of the rows, and of what they share.
-    double row_bits = 0, shared_bits = 0;
-    [[nodiscard]] double bits() const { return row_bits + shared_bits; }
-  };
-
-  Plan choose_plan(int64_t rows, const StepCode& steps, Workspace& work,
-                   RowCoder<float>& base_coder, bool clusters) const {
-    const PhaseTimer timer(Phase::plan);
-    const int64_t hidden = context().hidden_size;
-    const auto n = static_cast<std::size_t>(rows);
-    const std::int64_t bands = base_coder.layout().bands;
-    RowCoder<T> estimator(hidden, steps, 0);
-    const double order_cost = 8.0 * static_cast<double>(order_bytes(hidden, bands));
-
-    // Sets the plan's bits from about `sample` of its rows; drops an order that does not pay.
-    // Centroids are coded in the channel order: it stays with them.
-    const auto measure = [&](Plan& plan, std::int64_t sample) {
-      const std::int64_t stride = std::max<std::int64_t>(1, rows / sample);
-      const auto bases = natural_bases(plan, hidden);
-      std::vector<float> residual(static_cast<std::size_t>(hidden));
-      std::int64_t plain = 0, ordered = 0, sampled = 0;
-      for (int64_t i = 0; i < rows; i += stride, ++sampled) {
-        const auto row = static_cast<std::size_t>(i);
-        const float* base = bases.data() + (plan.clusters.assignment[row] + 1) * hidden;
-        const float* x = work.x.data() + i * hidden;
-        for (int64_t j = 0; j < hidden; ++j) {
-          residual[static_cast<std::size_t>(j)] = x[j] - base[j];
-        }
-        std::int64_t bits_plain = 0, bits_ordered = 0;
-        estimator.estimate(residual.data(), work.bound[row],
-                           plan.order.empty() ? nullptr : plan.order.data(), &bits_plain,
-                           &bits_ordered);
-        plain += bits_plain;
-        ordered += bits_ordered;
-      }
-      const double scale = static_cast<double>(rows) / static_cast<double>(sampled);
-      plan.row_bits = scale * static_cast<double>(plain) +
-                      static_cast<double>(8 * n * centroid_id_bytes(plan.clusters.count));
-      plan.shared_bits = 8.0 * static_cast<double>(plan.base.bytes());
-      if (plan.order.empty()) return;
-      const double saved = scale * static_cast<double>(plain - ordered);
-      if (plan.clusters.count == 0 && saved <= order_cost) {
-        plan.order.clear();
-        return;
-      }
-      plan.row_bits -= saved;
-      plan.shared_bits += order_cost;
-    };
-    const std::int64_t sample = std::clamp<std::int64_t>(rows / 8, 16, 64);
-
-    std::vector<float> mean(static_cast<std::size_t>(hidden));
-    const bool usable_mean = group_mean(mean, rows, work);
-    Plan best;
-    best.clusters.assignment.assign(n, -1);
-    best.order = channel_order(rows, best, work);
-    measure(best, sample);
-    Base with_mean;
-    if (usable_mean) {
-      with_mean.mean = code_base_row(base_coder, mean.data(), nullptr, nullptr, kMeanError,
-                                     with_mean.mean_record, with_mean.mean_payload);
-      Plan plan;
-      plan.clusters.assignment.assign(n, -1);
-      plan.base = with_mean;
-      plan.order = channel_order(rows, plan, work);
-      measure(plan, sample);
-      if (plan.bits() < best.bits()) best = std::move(plan);
-    }
-    if (!usable_mean || !clusters) return best;
-    const double scale = project(rows, mean.data(), work);
-    if (scale <= 0) return best;
-    std::vector<float> squared_bound(n);
-    const double energy_per_z = scale;
-    for (std::size_t i = 0; i < n; ++i) {
-      squared_bound[i] = static_cast<float>(work.bound[i] * work.bound[i] / energy_per_z);
-    }
-    Plan plan;
-    plan.clusters = paying_clusters({rows, hidden, work.x.data(), work.z.data()}, options(),
-                                    squared_bound, /*centroid_bits=*/4.0);
-    if (plan.clusters.count == 0) return best;
-    // The order of the residuals from the means themselves; the coded centroids change it little.
-    plan.base = with_mean;
-    plan.base.centroids = plan.clusters.centroids;
-    plan.order = channel_order(rows, plan, work);
-    for (std::int64_t k = 0; k < plan.clusters.count; ++k) {
-      const auto decoded =
-          code_base_row(base_coder, plan.clusters.centroids.data() + k * hidden,
-                        plan.base.mean.data(), plan.order.empty() ? nullptr : plan.order.data(),
-                        kCentroidError, plan.base.records, plan.base.payloads);
-      std::copy(decoded.begin(), decoded.end(), plan.base.centroids.begin() + k * hidden);
-    }
-    measure(plan, sample);
-    if (plan.bits() < best.bits() && plan.bits() > kSampleTrust * best.bits()) {
-      // A narrow gain may be the sample's luck.
-      constexpr std::int64_t kMore = 256;
-      measure(plan, kMore);
-      measure(best, kMore);
-    }
-    return plan.bits() < best.bits() ? std::move(plan) : std::move(best);
-  }
-
-  // mean [hidden] of the group; false when it left the range of fp32.
-  bool group_mean(std::vector<float>& mean, int64_t rows, const Workspace& work) const {
-    std::vector<std::int64_t> all(static_cast<std::size_t>(rows));
-    std::iota(all.begin(), all.end(), std::int64_t{0});
-    const std::int64_t offsets[2] = {0, rows};
-    kernels::segment_mean(mean.data(), work.x.data(), all.data(), offsets, 1,
-                          context().hidden_size);
-    return std::isfinite(kernels::squared_norm(mean.data(), context().hidden_size));
-  }
-
-  // [1 + K, hidden]: what a row without a cluster is taken from, then the centroids.
-  static std::vector<float> natural_bases(const Plan& plan, int64_t hidden) {
-    std::vector<float> bases(static_cast<std::size_t>(hidden), 0.0F);
-    if (!plan.base.mean.empty()) bases = plan.base.mean;
-    bases.insert(bases.end(), plan.base.centroids.begin(), plan.base.centroids.end());
-    return bases;
-  }
-  static std::vector<float> ordered_bases(const Plan& plan, int64_t hidden) {
-    std::vector<float> bases = natural_bases(plan, hidden);
-    if (plan.order.empty()) return bases;
-    std::vector<float> ordered(bases.size());
-    for (std::size_t from = 0; from < bases.size(); from += static_cast<std::size_t>(hidden)) {
-      for (std::size_t j = 0; j < static_cast<std::size_t>(hidden); ++j) {
-        ordered[from + j] = bases[from + static_cast<std::size_t>(plan.order[j])];
-      }
-    }
-    return ordered;
-  }
-
-  // Channels by falling energy of the residuals in units of the rows' bounds, cut into bands;
-  // within a band ascending. Empty when there is one band only.
-  std::vector<std::int32_t> channel_order(int64_t rows, const Plan& plan, Workspace& work) const {
-    const int64_t hidden = context().hidden_size;
-    if (hidden <= kernels::kBandValues) return {};
-    const auto bases = natural_bases(plan, hidden);
-    std::vector<float> energy(static_cast<std::size_t>(hidden), 0.0F);
-    const std::int64_t stride = std::max<std::int64_t>(1, rows / 256);
-    for (int64_t i = 0; i < rows; i += stride) {
-      const auto row = static_cast<std::size_t>(i);
-      if (!(work.bound[row] > 1e-30) || !(work.bound[row] < 1e30)) continue;
-      const auto scale = static_cast<float>(1 / work.bound[row]);
-      const float* x = work.x.data() + i * hidden;
-      const float* base = bases.data() + (plan.clusters.assignment[row] + 1) * hidden;
-      for (int64_t j = 0; j < hidden; ++j) {
-        const float value = (x[j] - base[j]) * scale;
-        energy[static_cast<std::size_t>(j)] += value * value;
-      }
-    }
-    return order_by_energy(energy);
-  }
-
-  void append_whole(int64_t rows, const Workspace& work, Stream& stream, CodecStats& stats) const {
-    const int64_t hidden = context().hidden_size;
+  void append_whole(const RowsView<T>& rows, Stream& stream, CodecStats& stats) const {
     ParcelHeader header;
     header.kind = parcel_kind();
     header.dtype = context().dtype;
     header.flags = kAllWhole;
-    header.rows = static_cast<std::uint32_t>(rows);
-    header.hidden_size = static_cast<std::uint32_t>(hidden);
-    header.body_bytes = static_cast<std::uint64_t>(rows) * whole_bytes();
+    header.rows = static_cast<std::uint32_t>(rows.rows);
+    header.hidden_size = static_cast<std::uint32_t>(context().hidden_size);
+    header.body_bytes = static_cast<std::uint64_t>(rows.rows) * whole_bytes();
     const std::size_t begin = stream.bytes.size();
     stream.bytes.resize(begin + ParcelHeader::kBytes + header.body_bytes);
     std::uint8_t* body = stream.bytes.data() + begin + ParcelHeader::kBytes;
-    for (int64_t i = 0; i < rows * hidden; ++i) {
-      const T value = kernels::from_float<T>(work.x[static_cast<std::size_t>(i)]);
-      std::memcpy(body + static_cast<std::size_t>(i) * sizeof(T), &value, sizeof(T));
+    for (int64_t i = 0; i < rows.rows; ++i, body += whole_bytes()) {
+      std::memcpy(body, rows.row(i), whole_bytes());
     }
     seal_parcel(header, {stream.bytes.data() + begin, stream.bytes.size() - begin});
-    stats.whole_rows += rows;
-    stream.assignment.insert(stream.assignment.end(), static_cast<std::size_t>(rows), -1);
+    stats.whole_rows += rows.rows;
+    stream.assignment.insert(stream.assignment.end(), static_cast<std::size_t>(rows.rows), -1);
   }
 
   static void add_error(double error, double bound, double norm, Stream& stream,
@@ -927,40 +649,60 @@ class LshCodec final : public CpuCodec, public LshInternals {
     if ((header.flags & kBasis) != 0) {
       std::vector<std::int64_t> to(n);
       for (std::size_t i = 0; i < n; ++i) to[i] = sink.row(static_cast<int64_t>(i));
-      StateCoder<T>(*state, shared.steps, options(), projection_)
+      StateCoder<T>(*state, shared.steps, options(), packed_projection_)
           .decode_with_basis(out, to.data(), header.rows, parcel.body, header.centroids > 0);
       return;
     }
     const std::vector<std::int32_t>& order = state != nullptr ? state->order : shared.order;
     const float* bases = state != nullptr ? state->ordered_bases.data() : shared.bases.data();
     RowCoder<T> coder(hidden, shared.steps, centroid_id_bytes(header.centroids));
-    const RowLayout& layout = coder.layout();
-    LSHMOE_ASSERT(n <= parcel.body.size() / layout.record_bytes);  // checked by open
-    const std::uint8_t* record = parcel.body.data();
-    const std::uint8_t* payload = record + n * layout.record_bytes;
-    auto left = static_cast<std::size_t>(parcel.body.data() + parcel.body.size() - payload);
-    std::vector<T> ordered(static_cast<std::size_t>(hidden));
-    for (std::size_t i = 0; i < n; ++i, record += layout.record_bytes) {
-      const std::size_t bytes = coder.payload_bytes(record);
-      const std::uint32_t id = coder.id(record);
-      LSHMOE_VALIDATE(bytes <= left, "decode: row ", i, "'s payload of ", bytes,
-                      " bytes goes beyond its parcel (damaged parcel)");
-      LSHMOE_VALIDATE(id <= header.centroids, "decode: row ", i, " names centroid ", id, " of ",
-                      header.centroids, " (damaged parcel)");
-      T* to = out + sink.row(static_cast<int64_t>(i)) * hidden;
-      const float* base = bases + static_cast<std::int64_t>(id) * hidden;
-      if (order.empty() || coder.is_whole(record)) {
-        coder.decode(to, record, payload, left, base);
-      } else {
-        coder.decode(ordered.data(), record, payload, left, base);
-        const PhaseTimer timer(Phase::scatter, static_cast<int64_t>(2 * sizeof(T) + 4) * hidden);
-        for (std::size_t j = 0; j < ordered.size(); ++j) to[order[j]] = ordered[j];
+    RowReader<T> reader(coder, parcel.body, header.rows, header.centroids);
+    const std::int64_t block = block_rows(hidden);
+    const auto values = static_cast<std::size_t>(block * hidden);
+    std::vector<std::int32_t> q(values);
+    std::vector<T> ordered(order.empty() ? 0 : values);
+    struct Coded {
+      const std::uint8_t* record;
+      const float* base;
+      T* to;
+    };
+    std::vector<Coded> coded;
+    for (std::int64_t first = 0; first < header.rows; first += block) {
+      const std::int64_t rows = std::min<std::int64_t>(block, header.rows - first);
+      coded.clear();
+      {
+        const PhaseTimer timer(Phase::unpack, 4 * rows * hidden);
+        for (std::int64_t i = 0; i < rows; ++i) {
+          T* to = out + sink.row(first + i) * hidden;
+          const auto row = reader.next();
+          if (coder.is_whole(row.record) || coder.is_zero(row.record)) {
+            coder.decode(to, row.record, row.payload, row.readable, bases);
+            continue;
+          }
+          coder.unpack(q.data() + static_cast<std::int64_t>(coded.size()) * hidden, row.record,
+                       row.payload, row.readable);
+          coded.push_back({row.record, bases + row.id * hidden, to});
+        }
       }
-      payload += bytes;
-      left -= bytes;
+      const auto count = static_cast<std::int64_t>(coded.size());
+      {
+        const PhaseTimer timer(Phase::reconstruct,
+                               static_cast<std::int64_t>(8 + sizeof(T)) * count * hidden);
+        for (std::int64_t i = 0; i < count; ++i) {
+          const Coded& row = coded[static_cast<std::size_t>(i)];
+          coder.reconstruct(order.empty() ? row.to : ordered.data() + i * hidden, row.record,
+                            q.data() + i * hidden, row.base);
+        }
+      }
+      if (order.empty()) continue;
+      const PhaseTimer timer(Phase::scatter,
+                             static_cast<std::int64_t>(2 * sizeof(T)) * count * hidden);
+      const T* from = ordered.data();
+      for (const Coded& row : coded) {
+        for (const std::int32_t channel : order) row.to[channel] = *from++;
+      }
     }
-    LSHMOE_VALIDATE(left == 0, "decode: ", left,
-                    " bytes are left over after the last row (damaged parcel)");
+    reader.finish();
   }
 
   struct Shared {

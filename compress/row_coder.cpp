@@ -12,6 +12,10 @@
 
 namespace lshmoe {
 
+std::int64_t block_rows(std::int64_t hidden) {
+  return std::clamp<std::int64_t>(32768 / hidden, 1, 256);
+}
+
 RowLayout::RowLayout(std::int64_t hidden_size, const StepCode& steps, std::size_t id,
                      std::size_t element_bytes)
     : hidden(hidden_size),
@@ -24,11 +28,30 @@ RowLayout::RowLayout(std::int64_t hidden_size, const StepCode& steps, std::size_
       whole_bytes(static_cast<std::size_t>(hidden_size) * element_bytes) {}
 
 template <class T>
+const float* OrderedRows<T>::read(const RowsView<T>& rows) {
+  const PhaseTimer timer(Phase::order,
+                         static_cast<std::int64_t>(4 + sizeof(T)) * rows.rows * rows.hidden);
+  const auto values = static_cast<std::size_t>(rows.rows * rows.hidden);
+  if (ordered_.size() < values) ordered_.resize(values);
+  if (order_.empty()) {
+    rows.read(ordered_.data(), 0, rows.rows);
+    return ordered_.data();
+  }
+  float* to = ordered_.data();
+  for (std::int64_t i = 0; i < rows.rows; ++i) {
+    rows.read(natural_.data(), i);
+    for (const std::int32_t channel : order_) *to++ = natural_[static_cast<std::size_t>(channel)];
+  }
+  return ordered_.data();
+}
+
+template <class T>
 RowCoder<T>::RowCoder(std::int64_t hidden, StepCode steps, std::size_t id_bytes)
     : layout_(hidden, steps, id_bytes, sizeof(T)),
       steps_(steps),
       residual_(static_cast<std::size_t>(hidden)),
       offset_(steps.dithered() ? static_cast<std::size_t>(hidden) : 0),
+      wide_(offset_.size()),
       q_(static_cast<std::size_t>(hidden)),
       ordered_(static_cast<std::size_t>(hidden)),
       index_(static_cast<std::size_t>(layout_.bands) + 1) {}
@@ -87,80 +110,133 @@ bool RowCoder<T>::is_whole(const std::uint8_t* record) const {
   return step_of(record) == steps_.whole_row();
 }
 
+namespace {
+// The receiver's own arithmetic decides; the slack covers another order of its double sums.
+double allowed_error(double bound) { return bound * (1 - 1e-12); }
+}  // namespace
+
+template <class T>
+void RowCoder<T>::set_residual(const Row& row) {
+  for (std::size_t j = 0; j < residual_.size(); ++j) residual_[j] = row.x[j] - row.base[j];
+}
+
+template <class T>
+template <class Received>
+void RowCoder<T>::search(Row& row) {
+  const std::int64_t hidden = layout_.hidden;
+  row.error = 0;
+  row.salt = 0;
+  row.is_near = false;
+  row.step = steps_.zero_row();
+  if (row.norm == 0) return;
+  set_residual(row);
+  if (steps_.dithered()) {
+    kernels::convert(wide_.data(), row.natural, hidden);
+    row.salt = kernels::checksum(wide_.data(), wide_.size() * sizeof(float), steps_.dither_key()) %
+               kernels::kDitherSalts;
+    set_salt(row.salt);
+  } else if (std::sqrt(kernels::squared_norm(residual_.data(), hidden)) <= row.bound) {
+    // What the receiver has already is near enough: any step does. (With a dither even a small
+    // residual counts, or the rows' mean would not be kept.)
+    row.step = steps_.bytes() == 1 ? 0 : kernels::step_code(1.0F);
+    std::fill(ordered_.begin(), ordered_.end(), 0);
+    row.error = std::sqrt(kernels::reconstruction_error<Received>(row.x, row.base, ordered_.data(),
+                                                                  hidden, steps_.value(row.step)));
+    row.is_near = row.error <= allowed_error(row.bound);
+    if (row.is_near) return;
+  }
+  row.step = row.bound > 0
+                 ? steps_.below(kernels::search_step(residual_.data(), hidden, row.bound, offset()))
+                 : steps_.zero_row();
+  if (!steps_.is_step(row.step)) row.step = steps_.whole_row();
+}
+
+template <class T>
+template <class Received>
+void RowCoder<T>::quantize(Row& row, std::int32_t* q) {
+  const std::int64_t hidden = layout_.hidden;
+  if (row.is_near) std::fill_n(q, hidden, 0);
+  if (row.is_near || !steps_.is_step(row.step)) return;
+  set_residual(row);
+  if (steps_.dithered()) set_salt(row.salt);
+  // Rounding (adding the base back, the cast to T) may break a bound that the estimate kept:
+  // smaller steps are tried, further and further down, then the row goes whole.
+  for (int attempt = 0; attempt < 6 && steps_.is_step(row.step); ++attempt) {
+    const float step = steps_.value(row.step);
+    if (!kernels::quantize(q, residual_.data(), hidden, step, offset())) break;
+    row.error = std::sqrt(
+        kernels::reconstruction_error<Received>(row.x, row.base, q, hidden, step, offset()));
+    if (row.error <= allowed_error(row.bound)) return;
+    row.step = steps_.smaller(row.step, 1 << attempt);
+  }
+  row.step = steps_.whole_row();
+}
+
+template <class T>
+void RowCoder<T>::pack(Row& row, const std::int32_t* q, std::uint8_t* record,
+                       std::uint8_t* payload) {
+  const std::int64_t hidden = layout_.hidden;
+  index_.back() = 0;
+  if (steps_.is_step(row.step)) {
+    const std::int64_t bits = kernels::choose_alphabets(index_.data(), q, hidden);
+    row.payload_bytes = static_cast<std::size_t>((bits + 7) / 8);
+    if (row.payload_bytes < layout_.whole_bytes) {
+      std::memset(payload, 0, row.payload_bytes + 8);
+      kernels::pack_bands(payload, q, hidden, index_.data());
+      write_record(record, row.step, row.salt, row.id);
+      return;
+    }
+    row.step = steps_.whole_row();
+  }
+  std::fill(index_.begin(), index_.end(), std::uint8_t{0});
+  row.error = 0;
+  write_record(record, row.step, 0, row.id);
+  row.payload_bytes = row.step == steps_.whole_row() ? layout_.whole_bytes : 0;
+  if (row.payload_bytes > 0) std::memcpy(payload, row.natural, row.payload_bytes);
+}
+
+template <class T>
+template <class Received>
+std::size_t RowCoder<T>::encode(std::span<Row> rows, std::uint8_t* records,
+                                std::uint8_t* payloads) {
+  const std::int64_t hidden = layout_.hidden;
+  const auto values = static_cast<std::int64_t>(rows.size()) * hidden;
+  if (q_.size() < static_cast<std::size_t>(values)) q_.resize(static_cast<std::size_t>(values));
+  {
+    const PhaseTimer timer(Phase::step_search, 8 * values);
+    for (Row& row : rows) search<Received>(row);
+  }
+  std::int32_t* q = q_.data();
+  {
+    const PhaseTimer timer(Phase::quantize, 12 * values);
+    for (Row& row : rows) {
+      quantize<Received>(row, q);
+      q += hidden;
+    }
+  }
+  q = q_.data();
+  const PhaseTimer timer(Phase::pack, 4 * values);
+  std::size_t bytes = 0;
+  for (Row& row : rows) {
+    pack(row, q, records, payloads + bytes);
+    q += hidden;
+    records += layout_.record_bytes;
+    bytes += row.payload_bytes;
+  }
+  return bytes;
+}
+
 template <class T>
 template <class Received>
 std::size_t RowCoder<T>::encode(std::uint8_t* record, std::uint8_t* payload, const float* x,
                                 const float* base, const float* natural, double bound, double norm,
                                 std::uint32_t id, double* error) {
-  const std::int64_t hidden = layout_.hidden;
-  std::fill(index_.begin(), index_.end(), std::uint8_t{0});
-  *error = 0;
-  if (norm == 0) {
-    write_record(record, steps_.zero_row(), 0, id);
-    return 0;
-  }
-  // The receiver's own arithmetic decides; the slack covers another order of these double sums.
-  const double allowed = bound * (1 - 1e-12);
-  double left = 0;
-  {
-    const PhaseTimer timer(Phase::order, 12 * hidden);
-    for (std::int64_t j = 0; j < hidden; ++j) residual_[j] = x[j] - base[j];
-    left = std::sqrt(kernels::squared_norm(residual_.data(), hidden));
-  }
-  std::uint32_t salt = 0;
-  if (steps_.dithered()) {
-    salt = kernels::checksum(natural, static_cast<std::size_t>(hidden) * sizeof(float),
-                             steps_.dither_key()) %
-           kernels::kDitherSalts;
-    set_salt(salt);
-  }
-  // With a dither even a small residual counts, or the rows' mean would not be kept.
-  if (left <= bound && offset() == nullptr) {
-    // What the receiver has already is near enough: any step does.
-    const std::uint16_t code = steps_.bytes() == 1 ? 0 : kernels::step_code(1.0F);
-    std::fill(q_.begin(), q_.end(), 0);
-    *error = std::sqrt(
-        kernels::reconstruction_error<Received>(x, base, q_.data(), hidden, steps_.value(code)));
-    if (*error <= allowed) {
-      write_record(record, code, 0, id);
-      return 0;
-    }
-  }
-  // Rounding (adding the base back, the cast to T) may break a bound that the estimate kept:
-  // smaller steps are tried, further and further down, then the row goes whole.
-  std::uint16_t code = steps_.zero_row();
-  if (bound > 0) {
-    const PhaseTimer timer(Phase::step_search, 4 * hidden);
-    code = steps_.below(kernels::search_step(residual_.data(), hidden, bound, offset()));
-  }
-  for (int attempt = 0; attempt < 6 && steps_.is_step(code); ++attempt) {
-    const float step = steps_.value(code);
-    {
-      const PhaseTimer timer(Phase::quantize, 16 * hidden);
-      if (!kernels::quantize(q_.data(), residual_.data(), hidden, step, offset())) break;
-      *error = std::sqrt(
-          kernels::reconstruction_error<Received>(x, base, q_.data(), hidden, step, offset()));
-    }
-    if (*error <= allowed) {
-      const PhaseTimer timer(Phase::pack, 4 * hidden);
-      const std::int64_t bits = kernels::choose_alphabets(index_.data(), q_.data(), hidden);
-      const auto bytes = static_cast<std::size_t>((bits + 7) / 8);
-      if (bytes >= layout_.whole_bytes) break;
-      std::memset(payload, 0, bytes + 8);
-      kernels::pack_bands(payload, q_.data(), hidden, index_.data());
-      write_record(record, code, salt, id);
-      return bytes;
-    }
-    code = steps_.smaller(code, 1 << attempt);
-  }
-  std::fill(index_.begin(), index_.end(), std::uint8_t{0});
-  *error = 0;
-  write_record(record, steps_.whole_row(), 0, id);
-  for (std::int64_t j = 0; j < hidden; ++j) {
-    const T value = kernels::from_float<T>(natural[j]);
-    std::memcpy(payload + static_cast<std::size_t>(j) * sizeof(T), &value, sizeof(T));
-  }
-  return layout_.whole_bytes;
+  natural_.resize(static_cast<std::size_t>(layout_.hidden));
+  kernels::convert(natural_.data(), natural, layout_.hidden);
+  Row row{x, base, natural_.data(), bound, norm, id};
+  const std::size_t bytes = encode<Received>(std::span(&row, 1), record, payload);
+  *error = row.error;
+  return bytes;
 }
 
 template <class T>
@@ -209,19 +285,22 @@ template <class T>
 template <class Received>
 void RowCoder<T>::decode(Received* out, const std::uint8_t* record, const std::uint8_t* payload,
                          std::size_t readable, const float* base) {
-  const std::int64_t hidden = layout_.hidden;
-  const std::uint16_t code = step_of(record);
-  if (code == steps_.zero_row()) {
-    std::fill(out, out + hidden, Received{});
-    return;
-  }
-  if (code == steps_.whole_row()) {
+  if (is_zero(record)) {
+    std::fill_n(out, layout_.hidden, Received{});
+  } else if (is_whole(record)) {
     LSHMOE_ASSERT((std::is_same_v<T, Received>));
     std::memcpy(out, payload, layout_.whole_bytes);
-    return;
+  } else {
+    unpack(q_.data(), record, payload, readable);
+    reconstruct(out, record, q_.data(), base);
   }
+}
+
+template <class T>
+void RowCoder<T>::unpack(std::int32_t* q, const std::uint8_t* record, const std::uint8_t* payload,
+                         std::size_t readable) {
   read_index(record);
-  const auto bits = kernels::payload_bits(index_.data(), hidden);
+  const auto bits = kernels::payload_bits(index_.data(), layout_.hidden);
   const auto bytes = static_cast<std::size_t>((bits + 7) / 8);
   if (readable < bytes + 8) {
     // The last rows: unpack_bands reads up to 8 bytes further.
@@ -229,34 +308,74 @@ void RowCoder<T>::decode(Received* out, const std::uint8_t* record, const std::u
     if (bytes > 0) std::memcpy(padded_.data(), payload, bytes);
     payload = padded_.data();
   }
-  {
-    const PhaseTimer timer(Phase::unpack, 4 * hidden + static_cast<std::int64_t>(bytes));
-    LSHMOE_VALIDATE(kernels::unpack_bands(q_.data(), payload, hidden, index_.data()),
-                    "decode: a row's payload holds a number out of its range (damaged parcel)");
-  }
-  const PhaseTimer timer(Phase::reconstruct,
-                         static_cast<std::int64_t>(8 + sizeof(Received)) * hidden);
-  const float step = steps_.value(code);
-  if (layout_.salt_bytes == 0) {
+  LSHMOE_VALIDATE(kernels::unpack_bands(q, payload, layout_.hidden, index_.data()),
+                  "decode: a row's payload holds a number out of its range (damaged parcel)");
+}
+
+template <class T>
+template <class Received>
+void RowCoder<T>::reconstruct(Received* out, const std::uint8_t* record, const std::int32_t* q,
+                              const float* base) {
+  const std::int64_t hidden = layout_.hidden;
+  const float step = steps_.value(step_of(record));
+  if (!steps_.dithered()) {
     for (std::int64_t j = 0; j < hidden; ++j) {
-      out[j] = kernels::reconstruct<Received>(base[j], static_cast<float>(q_[j]), step);
+      out[j] = kernels::reconstruct<Received>(base[j], static_cast<float>(q[j]), step);
     }
     return;
   }
   set_salt(record[layout_.step_bytes]);
   for (std::int64_t j = 0; j < hidden; ++j) {
-    out[j] = kernels::reconstruct<Received>(base[j], static_cast<float>(q_[j]) - offset_[j], step);
+    out[j] = kernels::reconstruct<Received>(base[j], static_cast<float>(q[j]) - offset_[j], step);
   }
 }
 
+template <class T>
+RowReader<T>::RowReader(RowCoder<T>& coder, std::span<const std::uint8_t> body, std::int64_t rows,
+                        std::int64_t centroids)
+    : coder_(coder), record_(body.data()), centroids_(centroids) {
+  const auto directory = static_cast<std::size_t>(rows) * coder.layout().record_bytes;
+  LSHMOE_ASSERT(directory <= body.size());  // checked when the parcel was opened
+  payload_ = record_ + directory;
+  left_ = body.size() - directory;
+}
+
+template <class T>
+typename RowReader<T>::Row RowReader<T>::next() {
+  const Row row{record_, payload_, left_, coder_.payload_bytes(record_), coder_.id(record_)};
+  LSHMOE_VALIDATE(row.bytes <= left_, "decode: row ", row_, "'s payload of ", row.bytes,
+                  " bytes goes beyond its parcel (damaged parcel)");
+  LSHMOE_VALIDATE(row.id <= centroids_, "decode: row ", row_, " names centroid ", row.id, " of ",
+                  centroids_, " (damaged parcel)");
+  record_ += coder_.layout().record_bytes;
+  payload_ += row.bytes;
+  left_ -= row.bytes;
+  ++row_;
+  return row;
+}
+
+template <class T>
+void RowReader<T>::finish() const {
+  LSHMOE_VALIDATE(left_ == 0, "decode: ", left_,
+                  " bytes are left over after the last row (damaged parcel)");
+}
+
+template class OrderedRows<float>;
+template class OrderedRows<kernels::Bfloat16>;
 template class RowCoder<float>;
 template class RowCoder<kernels::Bfloat16>;
+template class RowReader<float>;
+template class RowReader<kernels::Bfloat16>;
 #define LSHMOE_ROW_CODER(T, Received)                                                              \
+  template std::size_t RowCoder<T>::encode<Received>(std::span<Row>, std::uint8_t*,                \
+                                                     std::uint8_t*);                               \
   template std::size_t RowCoder<T>::encode<Received>(std::uint8_t*, std::uint8_t*, const float*,   \
                                                      const float*, const float*, double, double,   \
                                                      std::uint32_t, double*);                      \
   template void RowCoder<T>::decode<Received>(Received*, const std::uint8_t*, const std::uint8_t*, \
-                                              std::size_t, const float*);
+                                              std::size_t, const float*);                          \
+  template void RowCoder<T>::reconstruct<Received>(Received*, const std::uint8_t*,                 \
+                                                   const std::int32_t*, const float*);
 LSHMOE_ROW_CODER(float, float)
 LSHMOE_ROW_CODER(kernels::Bfloat16, kernels::Bfloat16)
 LSHMOE_ROW_CODER(kernels::Bfloat16, float)

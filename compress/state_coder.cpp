@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <type_traits>
+#include <utility>
 
 #include "lshmoe/compress/phases.hpp"
 #include "lshmoe/kernels/lsh.hpp"
@@ -12,7 +12,7 @@
 namespace lshmoe {
 namespace {
 constexpr std::int64_t kSampleRows = 64;
-/// Rows that the receiver turns back at a time.
+/// Rows that are multiplied with the basis at a time.
 constexpr std::int64_t kBlockRows = 256;
 }  // namespace
 
@@ -22,7 +22,7 @@ std::size_t centroid_id_bytes(std::int64_t centroids) {
 
 template <class T>
 StateCoder<T>::StateCoder(const LearnedState& state, StepCode steps, const CodecOptions& options,
-                          std::span<const float> projection)
+                          const kernels::PackedMatrix& projection)
     : state_(state), steps_(steps), options_(options), projection_(projection) {}
 
 // What of a row's bound is left for its coefficients: the products at both ends round, and so does
@@ -34,194 +34,258 @@ double StateCoder<T>::coefficient_bound(double bound, double norm) const {
   return (bound - products - cast) / state_.stretch;
 }
 
+// The nearest centroid of each row, or -1.
 template <class T>
-at::Tensor StateCoder<T>::coefficients(const float* x, const std::vector<std::int64_t>& rows,
-                                       const std::vector<std::int64_t>& assignment) const {
-  const std::int64_t hidden = state_.hidden;
-  at::Tensor residual = at::empty({static_cast<std::int64_t>(rows.size()), hidden}, at::kFloat);
-  auto* r = residual.mutable_data_ptr<float>();
-  for (const std::int64_t row : rows) {
-    const float* base =
-        state_.bases.data() + (assignment[static_cast<std::size_t>(row)] + 1) * hidden;
-    const float* from = x + row * hidden;
-    for (std::int64_t j = 0; j < hidden; ++j) r[j] = from[j] - base[j];
-    r += hidden;
+std::vector<std::int64_t> StateCoder<T>::nearest(const RowsView<T>& rows) const {
+  const std::int64_t hidden = state_.hidden, columns = projection_.columns();
+  const std::int64_t block = block_rows(hidden);
+  std::vector<float> z(static_cast<std::size_t>(rows.rows * columns));
+  {
+    const PhaseTimer timer(Phase::project,
+                           static_cast<std::int64_t>(sizeof(T)) * rows.rows * hidden +
+                               4 * columns * (hidden + rows.rows));
+    std::vector<float> x(static_cast<std::size_t>(block * hidden));
+    for (std::int64_t i = 0; i < rows.rows; i += block) {
+      const std::int64_t count = std::min(block, rows.rows - i);
+      rows.read(x.data(), i, count);
+      projection_.multiply(z.data() + i * columns, x.data(), count);
+    }
+    for (float* row = z.data(); row < z.data() + z.size(); row += columns) {
+      for (std::int64_t j = 0; j < columns; ++j) row[j] -= state_.mean_z[std::size_t(j)];
+    }
   }
-  const PhaseTimer timer(Phase::product, 4 * hidden * (2 * residual.size(0) + hidden));
-  return at::mm(residual, state_.inverse);
+  const PhaseTimer timer(Phase::nearest,
+                         4 * (rows.rows + state_.centroids) * columns + 8 * rows.rows);
+  std::vector<std::int64_t> nearest(static_cast<std::size_t>(rows.rows));
+  std::vector<float> scratch(
+      static_cast<std::size_t>(kernels::nearest_scratch(state_.centroids, columns)));
+  kernels::nearest_centroid(nearest.data(), nullptr, scratch.data(), z.data(),
+                            state_.centroids_z.data(), rows.rows, state_.centroids, columns,
+                            /*or_none=*/true);
+  return nearest;
 }
 
 template <class T>
-std::int64_t StateCoder<T>::sample_bits(const float* x, std::int64_t rows, const double* bound,
-                                        const double* norm,
+std::int64_t StateCoder<T>::sample_bits(const BoundedRows<T>& rows,
                                         const std::vector<std::int64_t>& assignment) const {
-  const std::int64_t hidden = state_.hidden, stride = std::max<std::int64_t>(1, rows / kSampleRows);
+  const std::int64_t hidden = state_.hidden, count = rows.rows.rows;
+  const std::int64_t stride = std::max<std::int64_t>(1, count / kSampleRows);
+  const std::int64_t samples = (count + stride - 1) / stride;
+  const bool basis = state_.basis.defined();
+  // In coding order; with a basis that is the channels' own.
+  const std::vector<std::int32_t> none;
+  const std::vector<float>& bases = basis ? state_.bases : state_.ordered_bases;
+  OrderedRows<T> ordered(hidden, basis ? none : state_.order);
+  std::vector<float> residual(static_cast<std::size_t>(samples * hidden));
+  for (std::int64_t s = 0; s < samples; ++s) {
+    const float* x = ordered.read(rows.rows.part(s * stride, 1));
+    const float* base =
+        bases.data() + (assignment[static_cast<std::size_t>(s * stride)] + 1) * hidden;
+    for (std::int64_t j = 0; j < hidden; ++j)
+      residual[std::size_t(s * hidden + j)] = x[j] - base[j];
+  }
+  if (basis) {
+    const std::vector<float> natural = residual;
+    state_.to_coefficients.multiply(residual.data(), natural.data(), samples);
+  }
   RowCoder<T> coder(hidden, steps_, 0);
-  std::vector<std::int64_t> sample;
-  for (std::int64_t i = 0; i < rows; i += stride) sample.push_back(i);
-  at::Tensor transformed;
-  if (state_.basis.defined()) transformed = coefficients(x, sample, assignment);
-  std::vector<float> residual(static_cast<std::size_t>(hidden));
   std::int64_t sum = 0;
-  for (std::size_t s = 0; s < sample.size(); ++s) {
-    const auto row = static_cast<std::size_t>(sample[s]);
-    double allowed = bound[row];
-    const float* r = residual.data();
-    if (transformed.defined()) {
-      r = transformed.const_data_ptr<float>() + static_cast<std::int64_t>(s) * hidden;
-      allowed = coefficient_bound(allowed, norm[row]);
-    } else {
-      const float* base = state_.ordered_bases.data() + (assignment[row] + 1) * hidden;
-      const float* from = x + sample[s] * hidden;
-      for (std::int64_t j = 0; j < hidden; ++j) {
-        const auto at = static_cast<std::size_t>(j);
-        residual[at] = from[state_.order.empty() ? j : state_.order[at]] - base[j];
-      }
-    }
+  for (std::int64_t s = 0; s < samples; ++s) {
+    const auto row = static_cast<std::size_t>(s * stride);
+    const double bound =
+        basis ? coefficient_bound(rows.bound[row], rows.norm[row]) : rows.bound[row];
     std::int64_t bits = 0, unused = 0;
-    coder.estimate(r, allowed, nullptr, &bits, &unused);
+    coder.estimate(residual.data() + s * hidden, bound, nullptr, &bits, &unused);
     sum += bits;
   }
   return sum;
 }
 
 template <class T>
-StateRows StateCoder<T>::encode(const float* x, std::int64_t rows, const double* norm,
-                                const double* bound) const {
-  const std::int64_t hidden = state_.hidden, columns = options_.projection();
-  const auto n = static_cast<std::size_t>(rows);
+StateRows StateCoder<T>::encode(const BoundedRows<T>& rows) const {
+  const std::int64_t count = rows.rows.rows;
+  const auto n = static_cast<std::size_t>(count);
   StateRows out;
   out.assignment.assign(n, -1);
   out.errors.assign(n, 0);
   out.whole.assign(n, false);
-  if (state_.centroids > 0 && rows > 0) {
-    std::vector<float> z(n * static_cast<std::size_t>(columns));
-    {
-      const PhaseTimer timer(Phase::project, 4 * (rows + columns) * hidden + 4 * rows * columns);
-      kernels::multiply(z.data(), x, projection_.data(), rows, hidden, columns);
-      for (std::size_t i = 0; i < z.size(); ++i)
-        z[i] -= state_.mean_z[i % static_cast<std::size_t>(columns)];
-    }
-    std::vector<std::int64_t> nearest(n);
-    std::vector<float> scratch(
-        static_cast<std::size_t>(kernels::nearest_scratch(state_.centroids, columns)));
-    {
-      const PhaseTimer timer(Phase::nearest, 4 * (rows + state_.centroids) * columns + 8 * rows);
-      kernels::nearest_centroid(nearest.data(), nullptr, scratch.data(), z.data(),
-                                state_.centroids_z.data(), rows, state_.centroids, columns,
-                                /*or_none=*/true);
-    }
+  if (state_.centroids > 0 && count > 0) {
+    std::vector<std::int64_t> named = nearest(rows.rows);
     const PhaseTimer timer(Phase::plan);
     const auto id_bits = static_cast<std::int64_t>(8 * centroid_id_bytes(state_.centroids));
-    const std::int64_t samples = (rows + std::max<std::int64_t>(1, rows / kSampleRows) - 1) /
-                                 std::max<std::int64_t>(1, rows / kSampleRows);
-    if (sample_bits(x, rows, bound, norm, nearest) + samples * id_bits <
-        sample_bits(x, rows, bound, norm, out.assignment)) {
+    const std::int64_t stride = std::max<std::int64_t>(1, count / kSampleRows);
+    const std::int64_t samples = (count + stride - 1) / stride;
+    if (sample_bits(rows, named) + samples * id_bits < sample_bits(rows, out.assignment)) {
       out.codebook = true;
-      out.assignment = std::move(nearest);
+      out.assignment = std::move(named);
     }
   }
-
-  RowCoder<T> coder(hidden, steps_, out.codebook ? centroid_id_bytes(state_.centroids) : 0);
-  out.record_bytes = coder.layout().record_bytes;
-  out.records.resize(n * out.record_bytes);
   out.offsets.assign(1, 0);
-  at::Tensor transformed;
   if (state_.basis.defined()) {
-    std::vector<std::int64_t> all(n);
-    std::iota(all.begin(), all.end(), std::int64_t{0});
-    transformed = coefficients(x, all, out.assignment);
+    encode_basis(out, rows);
+  } else {
+    encode_channels(out, rows);
   }
-  const std::vector<float> zeros(static_cast<std::size_t>(hidden), 0.0F);
-  std::vector<float> ordered(static_cast<std::size_t>(hidden));
-  std::size_t at = 0;
-  for (std::int64_t i = 0; i < rows; ++i) {
-    const auto row = static_cast<std::size_t>(i);
-    if (out.payloads.size() < at + coder.max_payload()) {
-      out.payloads.resize(at + at / 2 + coder.max_payload());
-    }
-    std::uint8_t* record = out.records.data() + row * out.record_bytes;
-    std::uint8_t* payload = out.payloads.data() + at;
-    const float* natural = x + i * hidden;
-    const auto id = static_cast<std::uint32_t>(out.assignment[row] + 1);
-    double error = 0;
-    if (transformed.defined()) {
-      const double allowed = coefficient_bound(bound[row], norm[row]);
-      at += coder.template encode<float>(
-          record, payload, transformed.const_data_ptr<float>() + i * hidden, zeros.data(), natural,
-          std::max(allowed, 0.0), norm[row], id, &error);
-      // What coefficient_bound kept back, at its most.
-      if (!coder.is_whole(record) && !coder.is_zero(record)) {
-        error = bound[row] - (allowed - error) * state_.stretch;
-      }
-    } else {
-      const float* coded = natural;
-      if (!state_.order.empty()) {
-        const PhaseTimer timer(Phase::order, 12 * hidden);
-        for (std::size_t j = 0; j < ordered.size(); ++j) ordered[j] = natural[state_.order[j]];
-        coded = ordered.data();
-      }
-      at += coder.encode(record, payload, coded,
-                         state_.ordered_bases.data() + static_cast<std::int64_t>(id) * hidden,
-                         natural, bound[row], norm[row], id, &error);
-    }
-    out.errors[row] = error;
-    out.whole[row] = coder.is_whole(record);
-    out.offsets.push_back(at);
-  }
-  out.payloads.resize(at);
   return out;
+}
+
+namespace {
+// Appends coded rows to `out`.
+template <class T, class Received>
+class Appender {
+ public:
+  Appender(StateRows& out, RowCoder<T>& coder, std::int64_t rows) : out_(out), coder_(coder) {
+    out.record_bytes = coder.layout().record_bytes;
+    out.records.resize(static_cast<std::size_t>(rows) * out.record_bytes);
+  }
+  void add(std::span<typename RowCoder<T>::Row> rows) {
+    const std::size_t at = out_.offsets.back(), most = at + rows.size() * coder_.max_payload();
+    if (out_.payloads.size() < most) out_.payloads.resize(most + at / 2);
+    coder_.template encode<Received>(rows, out_.records.data() + row_ * out_.record_bytes,
+                                     out_.payloads.data() + at);
+    for (const auto& row : rows) {
+      out_.errors[row_] = row.error;
+      out_.whole[row_++] = row.step == coder_.steps().whole_row();
+      out_.offsets.push_back(out_.offsets.back() + row.payload_bytes);
+    }
+  }
+  void finish() { out_.payloads.resize(out_.offsets.back()); }
+
+ private:
+  StateRows& out_;
+  RowCoder<T>& coder_;
+  std::size_t row_ = 0;
+};
+}  // namespace
+
+template <class T>
+void StateCoder<T>::encode_channels(StateRows& out, const BoundedRows<T>& rows) const {
+  const std::int64_t hidden = state_.hidden, count = rows.rows.rows;
+  RowCoder<T> coder(hidden, steps_, out.codebook ? centroid_id_bytes(state_.centroids) : 0);
+  Appender<T, T> appender(out, coder, count);
+  OrderedRows<T> ordered(hidden, state_.order);
+  const std::int64_t block = block_rows(hidden);
+  std::vector<typename RowCoder<T>::Row> coded;
+  for (std::int64_t first = 0; first < count; first += block) {
+    const RowsView<T> part = rows.rows.part(first, std::min(block, count - first));
+    const float* x = ordered.read(part);
+    coded.clear();
+    for (std::int64_t i = 0; i < part.rows; ++i) {
+      const auto row = static_cast<std::size_t>(first + i);
+      const auto id = static_cast<std::uint32_t>(out.assignment[row] + 1);
+      coded.push_back({x + i * hidden,
+                       state_.ordered_bases.data() + static_cast<std::int64_t>(id) * hidden,
+                       part.row(i), rows.bound[row], rows.norm[row], id});
+    }
+    appender.add(coded);
+  }
+  appender.finish();
+}
+
+template <class T>
+void StateCoder<T>::encode_basis(StateRows& out, const BoundedRows<T>& rows) const {
+  const std::int64_t hidden = state_.hidden, count = rows.rows.rows;
+  const std::int64_t most = std::min(kBlockRows, count), block = block_rows(hidden);
+  RowCoder<T> coder(hidden, steps_, out.codebook ? centroid_id_bytes(state_.centroids) : 0);
+  Appender<T, float> appender(out, coder, count);
+  const std::vector<float> zeros(static_cast<std::size_t>(hidden), 0.0F);
+  std::vector<float> residual(static_cast<std::size_t>(most * hidden)),
+      coefficients(residual.size());
+  std::vector<typename RowCoder<T>::Row> coded;
+  for (std::int64_t first = 0; first < count; first += kBlockRows) {
+    const RowsView<T> part = rows.rows.part(first, std::min(kBlockRows, count - first));
+    {
+      const PhaseTimer timer(Phase::order,
+                             static_cast<std::int64_t>(8 + sizeof(T)) * part.rows * hidden);
+      for (std::int64_t i = 0; i < part.rows; ++i) {
+        float* r = residual.data() + i * hidden;
+        const auto centroid = out.assignment[static_cast<std::size_t>(first + i)];
+        const float* base = state_.bases.data() + (centroid + 1) * hidden;
+        part.read(r, i);
+        for (std::int64_t j = 0; j < hidden; ++j) r[j] -= base[j];
+      }
+    }
+    {
+      const PhaseTimer timer(Phase::product, 4 * hidden * (2 * part.rows + hidden));
+      state_.to_coefficients.multiply(coefficients.data(), residual.data(), part.rows);
+    }
+    for (std::int64_t i = 0; i < part.rows; i += block) {
+      coded.clear();
+      for (std::int64_t k = i; k < std::min(i + block, part.rows); ++k) {
+        const auto row = static_cast<std::size_t>(first + k);
+        const double allowed = coefficient_bound(rows.bound[row], rows.norm[row]);
+        coded.push_back({coefficients.data() + k * hidden, zeros.data(), part.row(k),
+                         std::max(allowed, 0.0), rows.norm[row],
+                         static_cast<std::uint32_t>(out.assignment[row] + 1)});
+      }
+      appender.add(coded);
+    }
+  }
+  appender.finish();
+  // What coefficient_bound kept back, at its most.
+  for (std::size_t row = 0; row < out.errors.size(); ++row) {
+    if (out.whole[row] || rows.norm[row] == 0) continue;
+    const double allowed = coefficient_bound(rows.bound[row], rows.norm[row]);
+    out.errors[row] = rows.bound[row] - (allowed - out.errors[row]) * state_.stretch;
+  }
 }
 
 template <class T>
 void StateCoder<T>::decode_with_basis(T* out, const std::int64_t* to, std::int64_t n,
                                       std::span<const std::uint8_t> body, bool codebook) const {
-  const std::int64_t hidden = state_.hidden;
+  const std::int64_t hidden = state_.hidden, most = std::min(kBlockRows, n);
   RowCoder<T> coder(hidden, steps_, codebook ? centroid_id_bytes(state_.centroids) : 0);
-  const RowLayout& layout = coder.layout();
-  const std::uint8_t* record = body.data();
-  const std::uint8_t* payload = record + static_cast<std::size_t>(n) * layout.record_bytes;
-  auto left = static_cast<std::size_t>(body.data() + body.size() - payload);
+  RowReader<T> reader(coder, body, n, state_.centroids);
   const std::vector<float> zeros(static_cast<std::size_t>(hidden), 0.0F);
+  std::vector<std::int32_t> q(static_cast<std::size_t>(most * hidden));
+  std::vector<float> coefficients(q.size()), residual(q.size());
+  struct Coded {
+    const std::uint8_t* record;
+    T* to;
+    const float* base;
+  };
+  std::vector<Coded> coded;
   for (std::int64_t first = 0; first < n; first += kBlockRows) {
-    const std::int64_t block = std::min(kBlockRows, n - first);
-    at::Tensor values = at::zeros({block, hidden}, at::kFloat);
-    std::vector<std::int64_t> base(static_cast<std::size_t>(block), -1);  // -1: written already
-    for (std::int64_t i = 0; i < block; ++i, record += layout.record_bytes) {
-      T* row = out + to[first + i] * hidden;
-      const std::size_t bytes = coder.payload_bytes(record);
-      const std::uint32_t id = coder.id(record);
-      LSHMOE_VALIDATE(bytes <= left, "decode: row ", first + i, "'s payload of ", bytes,
-                      " bytes goes beyond its parcel (damaged parcel)");
-      LSHMOE_VALIDATE(id <= state_.centroids, "decode: row ", first + i, " names centroid ", id,
-                      " of ", state_.centroids, " (damaged parcel)");
-      if (coder.is_whole(record) || coder.is_zero(record)) {
-        coder.decode(row, record, payload, left, zeros.data());
-      } else {
-        base[static_cast<std::size_t>(i)] = id;
-        coder.template decode<float>(values.mutable_data_ptr<float>() + i * hidden, record, payload,
-                                     left, zeros.data());
-      }
-      payload += bytes;
-      left -= bytes;
-    }
-    at::Tensor residual;
+    const std::int64_t rows = std::min(kBlockRows, n - first);
+    coded.clear();
     {
-      const PhaseTimer timer(Phase::product, 4 * hidden * (2 * block + hidden));
-      residual = at::mm(values, state_.basis);
+      const PhaseTimer timer(Phase::unpack, 4 * rows * hidden);
+      for (std::int64_t i = 0; i < rows; ++i) {
+        T* row = out + to[first + i] * hidden;
+        const auto read = reader.next();
+        if (coder.is_whole(read.record) || coder.is_zero(read.record)) {
+          coder.decode(row, read.record, read.payload, read.readable, zeros.data());
+          continue;
+        }
+        coder.unpack(q.data() + static_cast<std::int64_t>(coded.size()) * hidden, read.record,
+                     read.payload, read.readable);
+        coded.push_back({read.record, row, state_.bases.data() + read.id * hidden});
+      }
+    }
+    const auto count = static_cast<std::int64_t>(coded.size());
+    {
+      const PhaseTimer timer(Phase::reconstruct, 8 * count * hidden);
+      for (std::int64_t i = 0; i < count; ++i) {
+        coder.template reconstruct<float>(coefficients.data() + i * hidden,
+                                          coded[std::size_t(i)].record, q.data() + i * hidden,
+                                          zeros.data());
+      }
+    }
+    {
+      const PhaseTimer timer(Phase::product, 4 * hidden * (2 * count + hidden));
+      state_.to_residual.multiply(residual.data(), coefficients.data(), count);
     }
     const PhaseTimer timer(Phase::scatter,
-                           static_cast<std::int64_t>(8 + sizeof(T)) * block * hidden);
-    const float* r = residual.const_data_ptr<float>();
-    for (std::int64_t i = 0; i < block; ++i, r += hidden) {
-      if (base[static_cast<std::size_t>(i)] < 0) continue;
-      T* row = out + to[first + i] * hidden;
-      const float* from = state_.bases.data() + base[static_cast<std::size_t>(i)] * hidden;
-      for (std::int64_t j = 0; j < hidden; ++j) row[j] = kernels::from_float<T>(from[j] + r[j]);
+                           static_cast<std::int64_t>(8 + sizeof(T)) * count * hidden);
+    const float* r = residual.data();
+    for (const Coded& row : coded) {
+      for (std::int64_t j = 0; j < hidden; ++j) {
+        row.to[j] = kernels::from_float<T>(row.base[j] + r[j]);
+      }
+      r += hidden;
     }
   }
-  LSHMOE_VALIDATE(left == 0, "decode: ", left,
-                  " bytes are left over after the last row (damaged parcel)");
+  reader.finish();
 }
 
 template class StateCoder<float>;

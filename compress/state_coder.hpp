@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "lshmoe/compress/group_plan.hpp"
 #include "lshmoe/compress/learned_state.hpp"
 #include "lshmoe/compress/row_coder.hpp"
 
@@ -33,14 +34,12 @@ struct StateRows {
 template <class T>
 class StateCoder {
  public:
-  /// `state` and `projection` must outlive it.
+  /// All must outlive it. projection [hidden, options.projection()].
   StateCoder(const LearnedState& state, StepCode steps, const CodecOptions& options,
-             std::span<const float> projection);
+             const kernels::PackedMatrix& projection);
 
-  /// x [rows, hidden], norm, bound [rows], as RowCoder::encode. Centroids are used only where a
-  /// sample of the rows says that they save bytes.
-  [[nodiscard]] StateRows encode(const float* x, std::int64_t rows, const double* norm,
-                                 const double* bound) const;
+  /// Centroids are used only where a sample of the rows says that they save bytes.
+  [[nodiscard]] StateRows encode(const BoundedRows<T>& rows) const;
 
   /// Decodes n rows with a basis: the records, and behind them the payloads, fill `body`. Row i
   /// goes to out + to[i] * hidden. Throws InvalidArgument.
@@ -51,14 +50,14 @@ class StateCoder {
   const LearnedState& state_;
   StepCode steps_;
   const CodecOptions& options_;
-  std::span<const float> projection_;
+  const kernels::PackedMatrix& projection_;
 
   [[nodiscard]] double coefficient_bound(double bound, double norm) const;
-  [[nodiscard]] at::Tensor coefficients(const float* x, const std::vector<std::int64_t>& rows,
-                                        const std::vector<std::int64_t>& assignment) const;
-  [[nodiscard]] std::int64_t sample_bits(const float* x, std::int64_t rows, const double* bound,
-                                         const double* norm,
+  [[nodiscard]] std::vector<std::int64_t> nearest(const RowsView<T>& rows) const;
+  [[nodiscard]] std::int64_t sample_bits(const BoundedRows<T>& rows,
                                          const std::vector<std::int64_t>& assignment) const;
+  void encode_channels(StateRows& out, const BoundedRows<T>& rows) const;
+  void encode_basis(StateRows& out, const BoundedRows<T>& rows) const;
 };
 
 extern template class StateCoder<float>;

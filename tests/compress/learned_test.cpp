@@ -79,6 +79,35 @@ TEST(Learned, BoundOfEveryRow) {
   }
 }
 
+// Also what torch computes in a fit, and products of sizes that a BLAS would share among threads.
+TEST(Learned, EqualBytesForAnyNumberOfThreads) {
+  struct Threads {
+    int before = at::get_num_threads();
+    ~Threads() { at::set_num_threads(before); }
+  } const restore;
+  for (const std::string transform : {"channels", "basis"}) {
+    const CodecContext context{192, 0, Direction::dispatch, at::kFloat};
+    const at::Tensor seen = clustered(1600, 192, 20, 0.3, 1), x = clustered(700, 192, 20, 0.3, 1);
+    std::vector<uint8_t> bytes, rows;
+    std::uint32_t checksum = 0;
+    for (const int threads : {1, 2, 4}) {
+      at::set_num_threads(threads);
+      const auto codec = fitted(learned_options(transform), context, seen);
+      const Encoded encoded = codec->encode(x, {600, 100});
+      EXPECT_NE(field<uint32_t>(encoded.bytes.const_data_ptr<uint8_t>(), 20), 0U);
+      const at::Tensor decoded = codec->decode(encoded.bytes, encoded.bytes_per_group).rows;
+      if (threads == 1) {
+        bytes = bytes_of(encoded.bytes);
+        rows = bytes_of(decoded);
+        checksum = codec->state_stats().checksum;
+      }
+      EXPECT_EQ(codec->state_stats().checksum, checksum) << transform << " " << threads;
+      EXPECT_EQ(bytes_of(encoded.bytes), bytes) << transform << " " << threads;
+      EXPECT_EQ(bytes_of(decoded), rows) << transform << " " << threads;
+    }
+  }
+}
+
 TEST(Learned, BeforeTheFirstFitParcelsExplainThemselves) {
   const CodecContext context{64, 0, Direction::dispatch, at::kFloat};
   const at::Tensor x = clustered(300, 64, 10, 0.2, 3);
