@@ -12,12 +12,12 @@ namespace lshmoe {
 
 enum class Phase : std::uint8_t {
   other,
-  load,         ///< rows to fp32, and their norms
+  load,         ///< norms of the rows
   plan,         ///< a sample of the rows, clusters: how the group is coded
   project,      ///< rows times the projection
   nearest,      ///< nearest centroids in the projection
   product,      ///< rows times the basis
-  order,        ///< residuals in coding order
+  order,        ///< rows in coding order
   step_search,  ///< of the largest steps that keep the bounds
   quantize,     ///< and the check of the true error
   pack,         ///< alphabets, mixed radix
@@ -33,12 +33,16 @@ inline constexpr std::size_t kPhases = static_cast<std::size_t>(Phase::scatter) 
 
 /// bytes: what the phase must read and write, each once. 0: not said.
 struct PhaseCost {
-  double seconds = 0;
+  double seconds = 0;  ///< that this thread computed: on a busy machine less than the next
+  double wall_seconds = 0;
   std::int64_t bytes = 0;
 };
 
-/// Times the phases that run in this thread until it is destroyed; one at a time. Its own time goes
-/// to the phases: about 50 ns a row and phase.
+/// Seconds that this thread has computed since it began.
+[[nodiscard]] double thread_seconds();
+
+/// Times the phases that run in this thread until it is destroyed; one recorder at a time. What a
+/// reading of the clocks takes (about a microsecond) is measured first and taken off.
 class PhaseRecorder {
  public:
   PhaseRecorder();
@@ -46,16 +50,23 @@ class PhaseRecorder {
   PhaseRecorder(const PhaseRecorder&) = delete;
   PhaseRecorder& operator=(const PhaseRecorder&) = delete;
 
-  /// Up to now; they sum up to the time since construction.
+  /// Up to now; they sum up to the time since construction, less the recorder's own.
   [[nodiscard]] const std::array<PhaseCost, kPhases>& costs();
 
  private:
   friend class PhaseTimer;
   Phase switch_to(Phase phase);
 
+  struct Reading {
+    double thread = 0;
+    std::chrono::steady_clock::time_point wall;
+  };
+  [[nodiscard]] static Reading read();
+
   std::array<PhaseCost, kPhases> costs_{};
   Phase phase_ = Phase::other;
-  std::chrono::steady_clock::time_point since_;
+  Reading since_;
+  double own_thread_ = 0, own_wall_ = 0;  // of one reading
 };
 
 namespace detail {
