@@ -11,11 +11,13 @@ using Int8 = std::int32_t __attribute__((vector_size(32)));
 using Float8 = float __attribute__((vector_size(32)));
 using Double4 = double __attribute__((vector_size(32)));
 
-// The same at any address of an integer.
-using LooseInt8 = std::int32_t __attribute__((vector_size(32), aligned(4), may_alias));
-
-Int8 load(const std::int32_t* from) { return *reinterpret_cast<const LooseInt8*>(from); }
-void store(std::int32_t* to, Int8 vector) { *reinterpret_cast<LooseInt8*>(to) = vector; }
+// At any address of an integer; one instruction each.
+Int8 load(const std::int32_t* from) {
+  Int8 vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+void store(std::int32_t* to, Int8 vector) { std::memcpy(to, &vector, sizeof vector); }
 
 // By alphabet: bits of a full band, reciprocals of the size and its square.
 struct BandTable {

@@ -2,6 +2,7 @@
 // Products with a few columns of a matrix at a time: what PackedMatrix and nearest_centroid share.
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 namespace lshmoe::kernels::panels {
@@ -9,8 +10,6 @@ namespace lshmoe::kernels::panels {
 // Eight floats that stay in one register; loops over arrays of them do not get unrolled into stack
 // traffic as loops over floats do.
 using Vector = float __attribute__((vector_size(32)));
-// The same at any address of a float.
-using LooseVector = float __attribute__((vector_size(32), aligned(4), may_alias));
 inline constexpr int kVector = 8;
 /// Columns that are multiplied at a time, one after another in memory: [inner, kPanel].
 inline constexpr int kPanel = 2 * kVector;
@@ -20,13 +19,18 @@ inline constexpr int kTileRows = 4;
 struct PanelRow {
   Vector half[2];
 };
+// At any address of a float; one instruction a vector.
+inline Vector load_vector(const float* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
 inline PanelRow load(const float* from) {
-  return {{*reinterpret_cast<const LooseVector*>(from),
-           *reinterpret_cast<const LooseVector*>(from + kVector)}};
+  return {{load_vector(from), load_vector(from + kVector)}};
 }
 inline void store(float* to, const PanelRow& row) {
-  *reinterpret_cast<LooseVector*>(to) = row.half[0];
-  *reinterpret_cast<LooseVector*>(to + kVector) = row.half[1];
+  std::memcpy(to, &row.half[0], sizeof row.half[0]);
+  std::memcpy(to + kVector, &row.half[1], sizeof row.half[1]);
 }
 
 /// sum [kRows] += x [kRows, inner] panel [inner, kPanel]; the sums stay in registers.
