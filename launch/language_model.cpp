@@ -80,11 +80,12 @@ at::Tensor LanguageModelImpl::attention(const at::Tensor& x, const Block& block)
   RECORD_FUNCTION("lshmoe::attention", std::vector<c10::IValue>{});
   const int64_t batch = x.size(0), length = x.size(1), hidden = x.size(2), heads = options.heads();
   const int64_t head_dim = hidden / heads;
-  if (!rotation_.defined() || rotation_.size(0) < length) {
+  if (!rotation_.defined() || rotation_.size(0) < length || rotation_.device() != x.device()) {
     const at::Tensor frequency = at::pow(
         kRotaryBase, at::arange(0, head_dim, 2, at::kDouble) / -static_cast<double>(head_dim));
     const at::Tensor angle = at::outer(at::arange(length, at::kDouble), frequency);
-    rotation_ = at::polar(at::ones_like(angle), angle).to(at::kComplexFloat).unsqueeze(1);
+    rotation_ =
+        at::polar(at::ones_like(angle), angle).to(at::kComplexFloat).unsqueeze(1).to(x.device());
   }
   const at::Tensor qkv = linear(x, block.qkv).view({batch, length, 3 * heads, head_dim});
   // Pairs of neighbouring channels of q and k as complex numbers, turned by their position's angle.

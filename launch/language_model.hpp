@@ -50,7 +50,8 @@ class LanguageModelImpl : public torch::nn::Module {
   LanguageModelImpl(LanguageModelOptions options, const ExpertGroups& groups);
 
   /// windows int64 [batch, seq_len + 1]: the first seq_len tokens are read, the last seq_len
-  /// predicted. batch >= 1. Collective over groups.expert, and so is its backward.
+  /// predicted; on the parameters' device. batch >= 1. Collective over groups.expert, and so is its
+  /// backward.
   LanguageModelOutput forward(const at::Tensor& windows);
 
   /// tokens int64 [batch, length] -> logits fp32 [batch, length, vocab_size]; position t sees

@@ -99,6 +99,8 @@ class Dispatcher {
   /// or be 0. topk_ids int64 [tokens, k], -1 = dropped; topk_weights [tokens, k] fp32 (fp64 where x
   /// is). Throws InvalidArgument on ids out of range or repeated in a token, wrong shapes or
   /// dtypes.
+  /// On a GPU: x and topk_weights are there, topk_ids too or on the CPU; ids and weights are copied
+  /// to the host, once, to make the plan. Rows and weights are made on the current stream.
   [[nodiscard]] Dispatched dispatch(const at::Tensor& x, const at::Tensor& topk_ids,
                                     const at::Tensor& topk_weights) const;
 

@@ -8,7 +8,7 @@
 #include <numeric>
 
 #include "lshmoe/comm/keep_buffer.hpp"
-#include "lshmoe/kernels/rows.hpp"
+#include "lshmoe/moe/device_rows.hpp"
 #include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
@@ -19,7 +19,7 @@ namespace {
 struct CallHeader {
   std::uint8_t version = 1;
   std::uint8_t direction = 0;
-  std::uint8_t dtype = 0;
+  std::uint8_t dtype = 0;  // and kOnGpu
   std::uint8_t requires_grad = 0;
   std::int32_t layer = 0;
   std::int32_t hidden_size = 0;
@@ -30,6 +30,8 @@ struct CallHeader {
   std::int64_t attachment_bytes = 0;
 };
 static_assert(sizeof(CallHeader) == 40 && std::is_trivially_copyable_v<CallHeader>);
+
+constexpr std::uint8_t kOnGpu = 0x80;
 
 struct GroupHeader {
   std::int64_t rows = 0;
@@ -57,16 +59,23 @@ std::int64_t total(const std::vector<int64_t>& values) {
   return std::accumulate(values.begin(), values.end(), std::int64_t{0});
 }
 
+std::vector<int64_t> sum_of(std::vector<int64_t> a, const std::vector<int64_t>& b) {
+  for (std::size_t i = 0; i < a.size(); ++i) a[i] += b[i];
+  return a;
+}
+
 /// At least `bytes` bytes of uninitialised memory in `buffer`.
-std::byte* reserve(at::Tensor& buffer, std::int64_t bytes) {
-  if (!buffer.defined() || buffer.numel() < bytes) buffer = at::empty({bytes}, at::kByte);
+std::byte* reserve(at::Tensor& buffer, std::int64_t bytes,
+                   const at::TensorOptions& options = at::kByte) {
+  if (!buffer.defined() || buffer.numel() < bytes) buffer = at::empty({bytes}, options);
   return static_cast<std::byte*>(buffer.mutable_data_ptr());
 }
 
 /// The same for bytes that peers announced, which may be more than there is memory for.
-std::byte* reserve_announced(at::Tensor& buffer, std::int64_t bytes, const std::string& comm) {
+std::byte* reserve_announced(at::Tensor& buffer, std::int64_t bytes, const std::string& comm,
+                             const at::TensorOptions& options = at::kByte) {
   try {
-    return reserve(buffer, bytes);
+    return reserve(buffer, bytes, options);
   } catch (const c10::Error&) {
     throw CommError(detail::message("the ranks of '", comm, "' announce ", bytes,
                                     " bytes, which this machine has no memory for: send fewer "
@@ -97,8 +106,12 @@ void check_call(const CallHeader& mine, const CallHeader& theirs, const std::str
   check("format", +mine.version, +theirs.version);
   check("direction", direction(mine.direction), direction(theirs.direction));
   check("layer", mine.layer, theirs.layer);
-  const auto dtype = [](std::uint8_t d) { return at::toString(static_cast<at::ScalarType>(d)); };
+  const auto dtype = [](std::uint8_t d) {
+    return at::toString(static_cast<at::ScalarType>(d & ~kOnGpu));
+  };
   check("row dtype", std::string(dtype(mine.dtype)), std::string(dtype(theirs.dtype)));
+  const auto device = [](std::uint8_t d) { return (d & kOnGpu) != 0 ? "GPU" : "CPU"; };
+  check("rows' device", std::string(device(mine.dtype)), std::string(device(theirs.dtype)));
   check("hidden_size", mine.hidden_size, theirs.hidden_size);
   check("num_experts", mine.num_experts, theirs.num_experts);
   check("top_k", mine.top_k, theirs.top_k);
@@ -114,12 +127,13 @@ ExchangeContext::ExchangeContext(DispatcherOptions o, std::shared_ptr<Communicat
   validate(options, comm->size());
 }
 
-Codec& ExchangeContext::codec(Direction direction, at::ScalarType dtype) {
+Codec& ExchangeContext::codec(Direction direction, const at::Tensor& rows) {
   const std::lock_guard lock(mutex_);
-  auto& codec = codecs_[{direction, dtype}];
+  const at::ScalarType dtype = rows.scalar_type();
+  auto& codec = codecs_[{direction, dtype, rows.device().type()}];
   if (codec == nullptr) {
-    codec = make_codec(options.codec(direction),
-                       CodecContext{options.hidden_size(), options.layer(), direction, dtype});
+    codec = make_codec(options.codec(direction), {options.hidden_size(), options.layer(), direction,
+                                                  dtype, at::Device(rows.device().type())});
   }
   return *codec;
 }
@@ -135,7 +149,7 @@ StateStats ExchangeContext::state_stats(Direction direction) {
   const std::lock_guard lock(mutex_);
   StateStats sum;
   for (const auto& [key, codec] : codecs_) {
-    if (key.first != direction) continue;
+    if (std::get<Direction>(key) != direction) continue;
     const StateStats stats = codec->state_stats();
     sum.version = std::max(sum.version, stats.version);
     sum.centroids = std::max(sum.centroids, stats.centroids);
@@ -177,6 +191,13 @@ void add_codec_stats(DirectionStats& stats, const CodecStats& codec) {
   }
   stats.max_error_ratio = std::max(stats.max_error_ratio, codec.max_error_ratio);
 }
+
+/// [ranks] each.
+struct Exchange::Bytes {
+  explicit Bytes(std::size_t ranks)
+      : attachments_out(ranks), parcels_out(ranks), attachments_in(ranks), parcels_in(ranks) {}
+  std::vector<int64_t> attachments_out, parcels_out, attachments_in, parcels_in;
+};
 
 Exchange::Exchange(std::shared_ptr<ExchangeContext> context,
                    std::shared_ptr<ExchangeStats> forward_stats)
@@ -221,9 +242,15 @@ RowsIn Exchange::swap(const RowsOut& out) {
   if (encoded == nullptr) {
     RECORD_FUNCTION("lshmoe::encode", std::vector<c10::IValue>{});
     const PhaseTimer::Span span(s.codec_time, out.rows.device());
-    Codec& codec = c.codec(out.direction, out.rows.scalar_type());
-    made = codec.encode(out.rows, coded_index, coded);
-    if (requires_grad) codec.observe(out.rows, coded_index);
+    Codec& codec = c.codec(out.direction, out.rows);
+    if (out.rows.is_cpu() || total(coded) > 0) {
+      made = codec.encode(out.rows, coded_index, coded);
+      if (requires_grad) codec.observe(out.rows, coded_index);
+    } else {
+      // Nothing leaves this rank; a GPU's codec would still be started, or all rows staged.
+      made.bytes = at::empty({0}, out.rows.options().dtype(at::kByte));
+      made.bytes_per_group.assign(coded.size(), 0);
+    }
     add_codec_stats(s, made.stats);
     encoded = &made;
   }
@@ -232,7 +259,8 @@ RowsIn Exchange::swap(const RowsOut& out) {
   // Sizes, and whether all ranks are in the same call.
   CallHeader mine;
   mine.direction = static_cast<std::uint8_t>(out.direction);
-  mine.dtype = static_cast<std::uint8_t>(out.rows.scalar_type());
+  mine.dtype = static_cast<std::uint8_t>(static_cast<std::uint8_t>(out.rows.scalar_type()) |
+                                         (out.rows.is_cpu() ? 0 : kOnGpu));
   mine.requires_grad = requires_grad ? 1 : 0;
   mine.layer = static_cast<std::int32_t>(c.options.layer());
   mine.hidden_size = static_cast<std::int32_t>(hidden);
@@ -242,7 +270,7 @@ RowsIn Exchange::swap(const RowsOut& out) {
   const std::size_t header_bytes =
       sizeof(CallHeader) + static_cast<std::size_t>(groups) * sizeof(GroupHeader);
   std::vector<std::byte> headers(header_bytes * static_cast<std::size_t>(ranks));
-  std::vector<int64_t> send_bytes(static_cast<std::size_t>(ranks));
+  Bytes bytes(static_cast<std::size_t>(ranks));
   for (int64_t r = 0; r < ranks; ++r) {
     const auto i = static_cast<std::size_t>(r);
     CallHeader header = mine;
@@ -259,7 +287,8 @@ RowsIn Exchange::swap(const RowsOut& out) {
       std::memcpy(to, &group, sizeof group);
       parcels += group.parcel_bytes;
     }
-    send_bytes[i] = header.attachment_bytes + parcels;
+    bytes.attachments_out[i] = header.attachment_bytes;
+    bytes.parcels_out[i] = parcels;
     if (r != own) {
       s.codec_bytes += parcels;
       s.plan_bytes += header.attachment_bytes + static_cast<int64_t>(header_bytes);
@@ -281,8 +310,6 @@ RowsIn Exchange::swap(const RowsOut& out) {
   in.parcel_bytes.resize(out.rows_per_group.size());
   in.assignments.resize(static_cast<std::size_t>(ranks));
   in.parcel_begin.resize(static_cast<std::size_t>(ranks));
-  std::vector<int64_t> attachment_bytes(static_cast<std::size_t>(ranks));
-  std::vector<int64_t> receive_bytes(static_cast<std::size_t>(ranks));
   int64_t received = 0;
   for (int64_t r = 0; r < ranks; ++r) {
     const auto i = static_cast<std::size_t>(r);
@@ -326,92 +353,158 @@ RowsIn Exchange::swap(const RowsOut& out) {
     check(due >= 0 && due <= kMost && header.attachment_bytes == due, header.attachment_bytes,
           " bytes beside ", rows, " rows with ", header.assignments, " assignments");
     in.assignments[i] = header.assignments;
-    attachment_bytes[i] = due;
-    in.parcel_begin[i] = received + due;
-    receive_bytes[i] = due + parcels;
-    received += receive_bytes[i];
-    check(received <= kMost, receive_bytes[i], " bytes");
+    bytes.attachments_in[i] = due;
+    bytes.parcels_in[i] = parcels;
+    received += due + parcels;
+    check(received <= kMost, due + parcels, " bytes");
   }
 
-  // Attachments and parcels, rank after rank; without attachments the parcels are that already.
-  const void* send = encoded->bytes.const_data_ptr();
-  at::Tensor send_buffer = encoded->bytes;
+  if (out.rows.is_cpu()) {
+    send_from_host(out, encoded->bytes, bytes, in);
+  } else {
+    send_from_gpu(out, encoded->bytes, bytes, in);
+  }
+  return in;
+}
+
+// Attachments and parcels, rank after rank; without attachments the parcels are that already.
+void Exchange::send_from_host(const RowsOut& out, const at::Tensor& parcels, const Bytes& bytes,
+                              RowsIn& in) {
+  ExchangeContext& c = *context_;
+  const std::vector<int64_t> send_bytes = sum_of(bytes.attachments_out, bytes.parcels_out),
+                             receive_bytes = sum_of(bytes.attachments_in, bytes.parcels_in);
+  const void* send = parcels.const_data_ptr();
+  at::Tensor send_buffer = parcels;
   if (out.attachment.defined()) {
     std::byte* to = reserve(c.send_, total(send_bytes));
     send = to;
     send_buffer = c.send_;
     const auto* attachment = static_cast<const std::byte*>(out.attachment.const_data_ptr());
-    const auto* parcels = static_cast<const std::byte*>(encoded->bytes.const_data_ptr());
+    const auto* parcel = static_cast<const std::byte*>(parcels.const_data_ptr());
     for (std::size_t i = 0; i < send_bytes.size(); ++i) {
-      const auto front = static_cast<std::size_t>(out.attachment_bytes[i]);
-      const auto back = static_cast<std::size_t>(send_bytes[i]) - front;
+      const auto front = static_cast<std::size_t>(bytes.attachments_out[i]);
+      const auto back = static_cast<std::size_t>(bytes.parcels_out[i]);
       if (front > 0) std::memcpy(to, attachment, front);
-      if (back > 0) std::memcpy(to + front, parcels, back);
+      if (back > 0) std::memcpy(to + front, parcel, back);
       attachment += front;
-      parcels += back;
+      parcel += back;
       to += front + back;
     }
   }
-  if (ranks > 1) {
+  if (c.ranks() > 1) {
     RECORD_FUNCTION("lshmoe::all_to_all", std::vector<c10::IValue>{});
-    const PhaseTimer::Span span(s.exchange_time, out.rows.device());
-    std::byte* receive = reserve_announced(c.receive_, received, comm.name());
+    const PhaseTimer::Span span((*stats)[out.direction].exchange_time, out.rows.device());
+    std::byte* receive = reserve_announced(c.receive_, total(receive_bytes), c.comm->name());
     keep_buffer_on_error(send_buffer, [&] {
-      comm.all_to_all_v(send, send_bytes, receive, receive_bytes, purpose_of(out.direction));
+      c.comm->all_to_all_v(send, send_bytes, receive, receive_bytes, purpose_of(out.direction));
     });
     in.bytes = c.receive_;
   } else {
     in.bytes = send_buffer;
   }
-  const auto* bytes = static_cast<const std::byte*>(in.bytes.const_data_ptr());
-  for (std::size_t i = 0; i < attachment_bytes.size(); ++i) {
-    const auto size = static_cast<std::size_t>(attachment_bytes[i]);
-    in.attachment.emplace_back(bytes + in.parcel_begin[i] - attachment_bytes[i], size);
+  const auto* received = static_cast<const std::byte*>(in.bytes.const_data_ptr());
+  int64_t begin = 0;
+  for (std::size_t i = 0; i < receive_bytes.size(); ++i) {
+    in.attachment.emplace_back(received + begin, static_cast<std::size_t>(bytes.attachments_in[i]));
+    in.parcel_begin[i] = begin + bytes.attachments_in[i];
+    begin += receive_bytes[i];
   }
-  return in;
+}
+
+void Exchange::send_from_gpu(const RowsOut& out, const at::Tensor& parcels, const Bytes& bytes,
+                             RowsIn& in) {
+  ExchangeContext& c = *context_;
+  in.attachments = out.attachment;
+  in.bytes = parcels;
+  if (c.ranks() > 1) {
+    RECORD_FUNCTION("lshmoe::all_to_all", std::vector<c10::IValue>{});
+    const PhaseTimer::Span span((*stats)[out.direction].exchange_time, out.rows.device());
+    const Purpose purpose = purpose_of(out.direction);
+    if (out.attachment.defined()) {
+      at::Tensor send = out.attachment;
+      in.attachments = at::Tensor();
+      std::byte* receive =
+          reserve_announced(in.attachments, total(bytes.attachments_in), c.comm->name());
+      keep_buffer_on_error(send, [&] {
+        c.comm->all_to_all_v(send.const_data_ptr(), bytes.attachments_out, receive,
+                             bytes.attachments_in, purpose);
+      });
+    }
+    // Fresh memory of the current stream, as all that reads it: the allocator orders its reuse.
+    in.bytes = at::Tensor();
+    std::byte* receive =
+        reserve_announced(in.bytes, total(bytes.parcels_in), c.comm->name(), parcels.options());
+    const c10::DeviceGuard on_device(parcels.device());
+    c.comm->all_to_all_v(parcels.const_data_ptr(), bytes.parcels_out, receive, bytes.parcels_in,
+                         purpose, current_stream(parcels.device()));
+  }
+  const auto* attachments = in.attachments.defined()
+                                ? static_cast<const std::byte*>(in.attachments.const_data_ptr())
+                                : nullptr;
+  int64_t begin = 0;
+  for (std::size_t i = 0; i < bytes.parcels_in.size(); ++i) {
+    const auto size = static_cast<std::size_t>(bytes.attachments_in[i]);
+    in.attachment.emplace_back(attachments, size);
+    if (size > 0) attachments += size;
+    in.parcel_begin[i] = begin;
+    begin += bytes.parcels_in[i];
+  }
 }
 
 void Exchange::unpack(const RowsIn& in, at::Tensor& out, const at::Tensor& index) {
   RECORD_FUNCTION("lshmoe::decode", std::vector<c10::IValue>{});
   const PhaseTimer::Span span((*stats)[in.direction].codec_time, out.device());
-  ExchangeContext& c = *context_;
-  const Codec& codec = c.codec(in.direction, out.scalar_type());
-  const int64_t ranks = c.ranks(), own = c.comm->rank();
+  const Codec& codec = context_->codec(in.direction, out);
+  if (in.own_index.defined()) {
+    const auto groups = static_cast<int64_t>(in.rows_per_group.size()) / context_->ranks();
+    const auto own = in.rows_per_group.begin() + context_->comm->rank() * groups;
+    const int64_t before = std::accumulate(in.rows_per_group.begin(), own, int64_t{0});
+    LSHMOE_ASSERT(std::accumulate(own, own + groups, int64_t{0}) == in.own_index.size(0));
+    copy_rows(out, index.narrow(0, before, in.own_index.size(0)), in.own_rows, in.own_index);
+  }
+  if (out.is_cpu()) return decode(codec, in, out, index, /*whole=*/false);
+  // A call of a GPU's codec waits for the GPU, so all ranks' rows in one. It cannot say whose bytes
+  // are damaged: then they are looked at rank by rank.
+  try {
+    decode(codec, in, out, index, /*whole=*/true);
+  } catch (const InvalidArgument&) {
+    decode(codec, in, out, index, /*whole=*/false);
+    throw;
+  }
+}
+
+// What came from the other ranks (and the own, where it was coded): by one call, or rank by rank.
+void Exchange::decode(const Codec& codec, const RowsIn& in, at::Tensor& out,
+                      const at::Tensor& index, bool whole) const {
+  const int64_t ranks = context_->ranks(), own = context_->comm->rank();
   const auto groups = static_cast<int64_t>(in.rows_per_group.size()) / ranks;
+  std::vector<int64_t> rows, bytes;
+  std::vector<at::Tensor> places;
   int64_t first = 0;
   for (int64_t r = 0; r < ranks; ++r) {
     const auto begin = in.rows_per_group.begin() + r * groups;
-    const std::vector<int64_t> rows(begin, begin + groups);
-    const int64_t count = total(rows);
-    const at::Tensor places = index.narrow(0, first, count);
+    const int64_t count = std::accumulate(begin, begin + groups, int64_t{0});
     first += count;
-    if (count == 0) continue;
-    if (r == own && in.own_index.defined()) {
-      LSHMOE_ASSERT(in.own_index.size(0) == count);
-      const std::size_t row_bytes =
-          static_cast<std::size_t>(c.options.hidden_size()) * out.element_size();
-      const auto* from = static_cast<const std::byte*>(in.own_rows.const_data_ptr());
-      auto* to = static_cast<std::byte*>(out.mutable_data_ptr());
-      const auto* pick = in.own_index.const_data_ptr<int64_t>();
-      const auto* place = places.const_data_ptr<int64_t>();
-      for (int64_t i = 0; i < count; ++i) {
-        std::memcpy(to + static_cast<std::size_t>(place[i]) * row_bytes,
-                    from + static_cast<std::size_t>(pick[i]) * row_bytes, row_bytes);
-      }
-      continue;
-    }
+    if (count == 0 || (r == own && in.own_index.defined())) continue;
     const auto sizes = in.parcel_bytes.begin() + r * groups;
-    const std::vector<int64_t> bytes(sizes, sizes + groups);
+    rows.insert(rows.end(), begin, begin + groups);
+    bytes.insert(bytes.end(), sizes, sizes + groups);
+    places.push_back(index.narrow(0, first - count, count));
+    if (whole) continue;
+    const int64_t at = in.parcel_begin[static_cast<std::size_t>(r)];
     try {
-      codec.decode_into(
-          out, places,
-          in.bytes.narrow(0, in.parcel_begin[static_cast<std::size_t>(r)], total(bytes)), bytes,
-          rows);
+      codec.decode_into(out, places[0], in.bytes.narrow(0, at, total(bytes)), bytes, rows);
     } catch (const InvalidArgument& error) {
-      throw InvalidArgument(detail::message("the rows from ", c.name_of_rank(r), " in ",
+      throw InvalidArgument(detail::message("the rows from ", context_->name_of_rank(r), " in ",
                                             name_of(in.direction), ": ", error.what()));
     }
+    rows.clear();
+    bytes.clear();
+    places.clear();
   }
+  if (places.empty()) return;
+  // Nothing lies between the parcels: a rank without rows sends none, and the own rows are apart.
+  codec.decode_into(out, at::cat(places), in.bytes, bytes, rows);
 }
 
 }  // namespace lshmoe

@@ -13,7 +13,7 @@
 #include <optional>
 #include <span>
 #include <string>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "lshmoe/comm/communicator.hpp"
@@ -23,14 +23,14 @@
 
 namespace lshmoe {
 
-/// What the forwards of one Dispatcher share: options, ranks, codecs (made once per row dtype) and
-/// byte buffers. One exchange at a time.
+/// What the forwards of one Dispatcher share: options, ranks, codecs (made once per dtype and
+/// device of rows) and byte buffers. One exchange at a time.
 class ExchangeContext {
  public:
   /// Throws InvalidArgument for options that do not fit each other or the communicator.
   ExchangeContext(DispatcherOptions options, std::shared_ptr<Communicator> comm);
 
-  [[nodiscard]] Codec& codec(Direction direction, at::ScalarType dtype);
+  [[nodiscard]] Codec& codec(Direction direction, const at::Tensor& rows);
   /// See Dispatcher. Collective over the expert group.
   void refresh_codecs();
   [[nodiscard]] StateStats state_stats(Direction direction);
@@ -49,7 +49,7 @@ class ExchangeContext {
  private:
   friend class Exchange;
   std::mutex mutex_;
-  std::map<std::pair<Direction, at::ScalarType>, std::shared_ptr<Codec>> codecs_;
+  std::map<std::tuple<Direction, at::ScalarType, at::DeviceType>, std::shared_ptr<Codec>> codecs_;
   // Kept from call to call: fresh memory costs more than the copies into it.
   at::Tensor send_, receive_;
   std::optional<at::Stream> exchange_stream_;  // made when first asked for
@@ -62,13 +62,13 @@ void add_codec_stats(DirectionStats& stats, const CodecStats& codec);
 /// restore=expert, one for each local expert for restore=source.
 struct RowsOut {
   Direction direction = Direction::dispatch;
-  at::Tensor rows;   ///< [any, hidden], contiguous
-  at::Tensor index;  ///< int64 [N]: the rows to send, by group; undefined: all in order
+  at::Tensor rows;   ///< [any, hidden], contiguous, on the CPU or a GPU
+  at::Tensor index;  ///< int64 [N], CPU: the rows to send, by group; undefined: all in order
   std::vector<int64_t> rows_per_group;  ///< [ranks * groups]
   /// Parcels of the rows that pass the codec, made already; null: made by swap().
   const Encoded* encoded = nullptr;
   std::vector<int64_t> assignments;       ///< [ranks]: a number the peer is told
-  at::Tensor attachment;                  ///< uint8 [sum(attachment_bytes)]; undefined: none
+  at::Tensor attachment;                  ///< uint8 [sum(attachment_bytes)], CPU; undefined: none
   std::vector<int64_t> attachment_bytes;  ///< [ranks]: plan or gradients sent in front of the rows
   std::vector<int64_t> expected_rows;  ///< [ranks * groups] that must come; empty: whatever comes
   /// Bytes of attachment that must come from `rank` with so many rows and assignments, -1 where
@@ -88,7 +88,8 @@ struct RowsIn {
   Direction direction = Direction::dispatch;
   std::vector<int64_t> parcel_begin;  ///< [ranks]: offset of the source's parcels in `bytes`
   std::vector<int64_t> parcel_bytes;  ///< [ranks * groups]
-  at::Tensor bytes;
+  at::Tensor bytes;                   ///< on the rows' device
+  at::Tensor attachments;             ///< rows on a GPU: what `attachment` points into
   at::Tensor own_rows, own_index;  ///< rows that stay, picked by own_index; without codec_on_self
 };
 
@@ -105,7 +106,8 @@ class Exchange : public torch::CustomClassHolder {
   /// naming the peer that disagrees.
   [[nodiscard]] RowsIn swap(const RowsOut& out);
 
-  /// Decodes row i of what came (by source rank, then group) into out[index[i]]. Local.
+  /// Decodes row i of what came (by source rank, then group) into out[index[i]]; index int64, CPU.
+  /// Local.
   /// Throws InvalidArgument naming the peer whose bytes are damaged.
   void unpack(const RowsIn& in, at::Tensor& out, const at::Tensor& index);
 
@@ -117,6 +119,13 @@ class Exchange : public torch::CustomClassHolder {
   const std::shared_ptr<ExchangeStats> stats;
 
  private:
+  struct Bytes;  // to and from each rank
+  void send_from_host(const RowsOut& out, const at::Tensor& parcels, const Bytes& bytes,
+                      RowsIn& in);
+  void send_from_gpu(const RowsOut& out, const at::Tensor& parcels, const Bytes& bytes, RowsIn& in);
+  void decode(const Codec& codec, const RowsIn& in, at::Tensor& out, const at::Tensor& index,
+              bool whole) const;
+
   std::shared_ptr<ExchangeContext> context_;
 };
 

@@ -12,6 +12,13 @@
 namespace lshmoe {
 namespace {
 
+/// How often each of 0 .. experts - 1 is in ids, int64 [experts]. On a GPU too it waits for
+/// nothing: bincount would, for the largest id. Sums of integers: no order changes them.
+at::Tensor counts_of(const at::Tensor& ids, int64_t experts) {
+  if (ids.is_cpu()) return at::bincount(ids, {}, experts);
+  return at::zeros({experts}, ids.options()).scatter_add_(0, ids, at::ones_like(ids));
+}
+
 /// Which of the choices ids [T, k] fit when an expert takes at most `capacity` of this rank's
 /// tokens. `priority` [T, k]: higher stays; undefined: the first token stays. Ties: the first
 /// token.
@@ -24,7 +31,7 @@ at::Tensor fits_capacity(const at::Tensor& ids, const at::Tensor& priority, int6
   // Stable: within an expert the order above remains.
   order = order.index_select(0, at::argsort(flat.index_select(0, order), /*stable=*/true, 0));
   const at::Tensor grouped = flat.index_select(0, order);
-  const at::Tensor counts = at::bincount(grouped, {}, num_experts);
+  const at::Tensor counts = counts_of(grouped, num_experts);
   const at::Tensor starts = counts.cumsum(0) - counts;
   const at::Tensor place =
       at::arange(flat.numel(), flat.options()) - starts.index_select(0, grouped);
@@ -96,9 +103,11 @@ GateOutput GateImpl::forward(const at::Tensor& x) {
   }
 
   GateOutput out;
-  const at::Tensor counts = at::bincount(ids.reshape({-1}), {}, experts);
-  out.load = counts.cpu();
-  if (is_training() && at::GradMode::is_enabled()) load_since_update_ += out.load;
+  const at::Tensor counts = counts_of(ids.reshape({-1}), experts);
+  out.load = counts;
+  if (is_training() && at::GradMode::is_enabled()) {
+    load_since_update_ = load_since_update_.to(counts.device()) + counts;
+  }
 
   // Without tokens the losses are 0 but still hang on the graph, as on the other ranks.
   const at::Tensor none = tokens == 0 ? logits.sum() : logits.new_zeros({});
@@ -136,10 +145,12 @@ GateOutput GateImpl::forward(const at::Tensor& x) {
 void GateImpl::update_expert_bias(Communicator& world) {
   if (!expert_bias.defined()) return;
   const at::NoGradGuard no_grad;
-  world.all_reduce(std::span(load_since_update_.data_ptr<int64_t>(),
-                             static_cast<std::size_t>(options.num_experts())),
-                   ReduceOp::sum, Purpose::control);
-  const at::Tensor load = load_since_update_.to(at::kDouble);
+  at::Tensor sum = load_since_update_.to(at::kCPU, at::kLong, /*non_blocking=*/false,
+                                         /*copy=*/true);
+  world.all_reduce(
+      std::span(sum.data_ptr<int64_t>(), static_cast<std::size_t>(options.num_experts())),
+      ReduceOp::sum, Purpose::control);
+  const at::Tensor load = sum.to(at::kDouble);
   expert_bias +=
       options.expert_bias_rate() * at::sign(load.mean() - load).to(expert_bias.options());
   load_since_update_.zero_();

@@ -47,7 +47,7 @@ struct GateOutput {
       topk_weights;  ///< fp32 (fp64 where x is) [tokens, top_k]; 0 where dropped. Differentiable.
   at::Tensor aux_loss;  ///< scalar, scaled: coeff * E/(k T) * sum_i f_i P_i; 0 without tokens
   at::Tensor z_loss;    ///< scalar, scaled: coeff * mean(logsumexp(logits)^2)
-  at::Tensor load;      ///< int64 [num_experts], CPU: choices of this rank, before dropping
+  at::Tensor load;      ///< int64 [num_experts], x's device: choices of this rank, before dropping
 };
 
 /// Parameters: weight [num_experts, hidden_size]; buffer with sigmoid: expert_bias [num_experts]

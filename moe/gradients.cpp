@@ -7,6 +7,7 @@
 #include <unordered_set>
 
 #include "lshmoe/comm/keep_buffer.hpp"
+#include "lshmoe/moe/device_rows.hpp"
 #include "lshmoe/moe/layer.hpp"
 #include "lshmoe/runtime/error.hpp"
 
@@ -39,24 +40,29 @@ void check_equal(Communicator& world, const std::vector<at::Tensor>& parameters,
   }
 }
 
-/// Sums the gradients of `parameters` over `comm`, divides them by `divisor`. One flat buffer:
-/// fp32, or double for double parameters.
+/// Sums the gradients of `parameters` over `comm`, divides them by `divisor`. One flat buffer on
+/// their device: fp32, or double for double parameters.
 template <class Element>
 void reduce_flat(Communicator& comm, const std::vector<at::Tensor>& parameters, double divisor) {
   const at::ScalarType dtype = c10::CppTypeToScalarType<Element>::value;
   int64_t count = 0;
   for (const at::Tensor& parameter : parameters) count += parameter.numel();
   if (count == 0) return;
-  at::Tensor flat = at::empty({count}, dtype);
+  const at::Device device = parameters[0].device();
+  at::Tensor flat = at::empty({count}, at::dtype(dtype).device(device));
   int64_t at_element = 0;
   for (const at::Tensor& parameter : parameters) {
     flat.narrow(0, at_element, parameter.numel()).copy_(parameter.grad().reshape({-1}));
     at_element += parameter.numel();
   }
-  keep_buffer_on_error(flat, [&] {
-    comm.all_reduce(std::span(flat.data_ptr<Element>(), static_cast<std::size_t>(count)),
-                    ReduceOp::sum, Purpose::gradients);
-  });
+  const std::span elements(flat.data_ptr<Element>(), static_cast<std::size_t>(count));
+  if (device.is_cpu()) {
+    keep_buffer_on_error(flat,
+                         [&] { comm.all_reduce(elements, ReduceOp::sum, Purpose::gradients); });
+  } else if (comm.size() > 1) {
+    const c10::DeviceGuard guard(device);
+    comm.all_reduce(elements, Purpose::gradients, current_stream(device));
+  }
   flat.div_(divisor);
   at_element = 0;
   for (const at::Tensor& parameter : parameters) {
@@ -80,11 +86,16 @@ void reduce_all(Communicator& comm, const std::vector<at::Tensor>& parameters, d
 }
 
 double squared_norm(const std::vector<at::Tensor>& parameters) {
-  double sum = 0;
+  std::vector<at::Tensor> norms;
   for (const at::Tensor& parameter : parameters) {
     if (!parameter.grad().defined()) continue;
-    const double norm =
-        at::linalg_vector_norm(parameter.grad(), 2, {}, false, at::kDouble).item<double>();
+    norms.push_back(at::linalg_vector_norm(parameter.grad(), 2, {}, false, at::kDouble));
+  }
+  if (norms.empty()) return 0;
+  const at::Tensor all = at::stack(norms).cpu();  // one wait for a GPU
+  double sum = 0;
+  for (int64_t i = 0; i < all.numel(); ++i) {
+    const double norm = all.const_data_ptr<double>()[i];
     sum += norm * norm;
   }
   return sum;
@@ -116,6 +127,13 @@ GradientReducer::GradientReducer(ExpertGroups groups, torch::nn::Module& model,
   };
   for (const at::Tensor& parameter : model.parameters()) add(parameter);
   for (const at::Tensor& parameter : more_expert_parameters) add(parameter);
+  for (const auto* parameters : {&shared_, &expert_}) {
+    for (const at::Tensor& parameter : *parameters) {
+      LSHMOE_VALIDATE(parameter.device() == parameters->front().device(), "parameters on ",
+                      parameter.device(), " and on ", parameters->front().device(),
+                      " (their gradients go in one buffer): put the model on one device");
+    }
+  }
   check_equal(*groups_.world, shared_, 1, "shared");
   check_equal(*groups_.world, expert_, groups_.expert->size(), "expert");
 }

@@ -71,7 +71,7 @@ void validate(const MoELayerOptions& options, int ep_size);
 struct MoEStats {
   std::vector<int64_t>
       tokens_per_expert;  ///< [num_local_experts] rows that reached this rank's experts
-  at::Tensor load;        ///< int64 [num_experts]: choices of this rank
+  at::Tensor load;        ///< int64 [num_experts], x's device: choices of this rank
   std::shared_ptr<ExchangeStats> exchange;
   std::shared_ptr<const PhaseTimer> expert_time;
 };

@@ -4,7 +4,7 @@
 
 #include <numeric>
 
-#include "lshmoe/moe/ops/cpu.hpp"
+#include "lshmoe/moe/ops/common.hpp"
 
 namespace lshmoe {
 namespace {
@@ -74,7 +74,7 @@ at::Tensor estimate_alpha(const at::Tensor& outputs, const at::Tensor& centroids
   const at::Tensor of_outputs = difference(outputs), of_inputs = difference(centroids);
   const at::Tensor expert = expert_of.index_select(0, probes[0]);
   const auto per_expert = [&](const at::Tensor& products) {
-    return at::zeros({num_experts}, at::kDouble).index_add(0, expert, products.sum(1));
+    return at::zeros({num_experts}, products.options()).index_add(0, expert, products.sum(1));
   };
   const at::Tensor squares = per_expert(of_inputs * of_inputs);
   return at::where(squares > 0, per_expert(of_outputs * of_inputs) / squares, otherwise);
@@ -98,14 +98,17 @@ Dispatched dispatch_centroids(const at::Tensor& x_in, const at::Tensor& topk_ids
   LSHMOE_VALIDATE(
       topk_ids.dim() == 2 && topk_ids.size(0) == x_in.size(0) && topk_ids.size(1) >= 1 &&
           topk_ids.scalar_type() == at::kLong && topk_weights.sizes() == topk_ids.sizes() &&
-          topk_weights.scalar_type() == accumulate && topk_ids.is_cpu() && topk_weights.is_cpu(),
+          topk_weights.scalar_type() == accumulate && topk_weights.device() == x_in.device(),
       "topk_ids is ", topk_ids.scalar_type(), " ", topk_ids.sizes(), ", topk_weights is ",
-      topk_weights.scalar_type(), " ", topk_weights.sizes(), " (must be int64 and ", accumulate,
-      " [tokens, k] on the CPU for ", x_in.size(0), " tokens)");
+      topk_weights.scalar_type(), " ", topk_weights.sizes(), " on ", topk_weights.device(),
+      " (must be int64 and ", accumulate, " [tokens, k] for ", x_in.size(0), " tokens on ",
+      x_in.device(), ")");
   const at::Tensor x = x_in.contiguous();
-  const Choices choices = choices_of(topk_ids.contiguous(), options.num_experts());
-  const at::Tensor token = at::tensor(choices.token, at::kLong),
-                   slot = at::tensor(choices.slot, at::kLong);
+  const at::Device device = x.device();
+  const Choices choices = choices_of(to_host({topk_ids})[0], options.num_experts());
+  // Of the host; what torch's ops read is on the rows' device.
+  const at::Tensor token = at::tensor(choices.token, at::kLong);
+  const auto on_device = to_device({token, at::tensor(choices.slot, at::kLong)}, device);
 
   // Cluster what leaves this rank.
   const int64_t assignments = token.size(0);
@@ -122,8 +125,7 @@ Dispatched dispatch_centroids(const at::Tensor& x_in, const at::Tensor& topk_ids
   {
     RECORD_FUNCTION("lshmoe::encode", std::vector<c10::IValue>{});
     const PhaseTimer::Span span(stats.codec_time, x.device());
-    encoded =
-        context.codec(Direction::dispatch, x.scalar_type()).encode(x.detach(), coded_token, coded);
+    encoded = context.codec(Direction::dispatch, x).encode(x.detach(), coded_token, coded);
   }
   add_codec_stats(stats, encoded.stats);
 
@@ -132,21 +134,23 @@ Dispatched dispatch_centroids(const at::Tensor& x_in, const at::Tensor& topk_ids
   const int64_t before = sum(sent, 0, own * local);
   if (own_stays)
     std::copy_n(choices.per_expert.begin() + own * local, local, sent.begin() + own * local);
-  const at::Tensor own_token = token.narrow(0, own_first, own_count);
+  const at::Tensor own_token = on_device[0].narrow(0, own_first, own_count);
   const at::Tensor decoded =
       at::cat({encoded.centroids.narrow(0, 0, before), x.detach().index_select(0, own_token),
                encoded.centroids.slice(0, before)});
   const at::Tensor& assignment = encoded.assignment;
   LSHMOE_ASSERT(assignment.size(0) == coded_token.size(0) && assignment.ge(0).all().item<bool>());
-  const at::Tensor centroid_of = at::cat({assignment.narrow(0, 0, own_first),
-                                          at::arange(before, before + own_count, at::kLong),
-                                          assignment.slice(0, own_first) + own_count});
+  const at::Tensor centroid_of =
+      at::cat({assignment.narrow(0, 0, own_first),
+               at::arange(before, before + own_count, assignment.options()),
+               assignment.slice(0, own_first) + own_count});
 
   // c = mean + stop_gradient(c' - mean): c' in value, the mean in its gradient.
   const at::Tensor members = at::bincount(centroid_of, {}, decoded.size(0)).to(accumulate);
-  const at::Tensor mean = at::zeros({decoded.size(0), hidden}, accumulate)
-                              .index_add(0, centroid_of, x.index_select(0, token).to(accumulate)) /
-                          members.unsqueeze(1);
+  const at::Tensor mean =
+      at::zeros({decoded.size(0), hidden}, x.options().dtype(accumulate))
+          .index_add(0, centroid_of, x.index_select(0, on_device[0]).to(accumulate)) /
+      members.unsqueeze(1);
   const at::Tensor centroids = decoded + (mean - mean.detach()).to(x.scalar_type());
 
   std::vector<int64_t> routed;
@@ -177,26 +181,29 @@ Dispatched dispatch_centroids(const at::Tensor& x_in, const at::Tensor& topk_ids
   auto* place = position.mutable_data_ptr<int64_t>();
   for (int64_t g = 0; g < ranks * local; ++g)
     for (int64_t i = 0; i < counts[g]; ++i) *place++ = next[static_cast<std::size_t>(g % local)]++;
+  position = to_device({position}, device)[0];
   d.rows = at::zeros({places, hidden}, x.options()).index_copy(0, position, received);
-  d.row_weights = at::zeros({places}, accumulate).index_copy(0, position, ones);
+  d.row_weights = at::zeros({places}, ones.options()).index_copy(0, position, ones);
   d.plan.resize(kPlanEntries);
   d.plan[kX] = x;
   d.plan[kWeights] = topk_weights;
   d.plan[kCentroids] = centroids;
-  d.plan[kToken] = token;
-  d.plan[kSlot] = slot;
+  d.plan[kToken] = on_device[0];
+  d.plan[kSlot] = on_device[1];
   d.plan[kCentroidOf] = centroid_of;
   d.plan[kSentPerGroup] = sent_per_group;
   d.plan[kReceivedPerGroup] = received_per_group;
   d.plan[kPeersRouted] = peers_routed;
   d.plan[kPosition] = position;
   std::vector<int64_t> alone, left;
+  const at::Tensor assigned = encoded.probes.empty() ? at::Tensor() : to_host({assignment})[0];
   for (const Probe& probe : encoded.probes) {
     const int64_t shift = probe.row < own_first ? 0 : own_count;
-    alone.push_back(assignment.const_data_ptr<int64_t>()[probe.row] + shift);
+    alone.push_back(assigned.const_data_ptr<int64_t>()[probe.row] + shift);
     left.push_back(probe.cluster + shift);
   }
-  d.plan[kProbes] = at::stack({at::tensor(alone, at::kLong), at::tensor(left, at::kLong)});
+  d.plan[kProbes] =
+      at::stack({at::tensor(alone, at::kLong), at::tensor(left, at::kLong)}).to(device);
   return d;
 }
 
@@ -221,13 +228,15 @@ at::Tensor combine_centroids(const at::Tensor& expert_output, const Dispatched& 
   at::Tensor terms = outputs.index_select(0, centroid_of).to(accumulate);
   if (codec.estimate_alpha() || codec.alpha() != 0) {
     const at::Tensor &centroids = d.plan[kCentroids], &sent = d.plan[kSentPerGroup];
-    at::Tensor alpha = at::full({options.num_experts()}, codec.alpha(), at::kDouble);
-    const at::Tensor expert_of = at::repeat_interleave(sent);
+    at::Tensor alpha =
+        at::full({options.num_experts()}, codec.alpha(), x.options().dtype(at::kDouble));
+    const at::Tensor expert_of = at::repeat_interleave(sent).to(x.device());
     if (codec.estimate_alpha()) {
       alpha = estimate_alpha(outputs, centroids, d.plan[kProbes], expert_of, options.num_experts(),
                              codec.alpha());
-      d.stats->alpha.assign(alpha.const_data_ptr<double>(),
-                            alpha.const_data_ptr<double>() + alpha.numel());
+      const at::Tensor estimated = alpha.cpu();
+      d.stats->alpha.assign(estimated.const_data_ptr<double>(),
+                            estimated.const_data_ptr<double>() + estimated.numel());
     }
     const at::Tensor alpha_of =
         alpha.to(accumulate).index_select(0, expert_of.index_select(0, centroid_of)).unsqueeze(1);
@@ -236,7 +245,7 @@ at::Tensor combine_centroids(const at::Tensor& expert_output, const Dispatched& 
   }
   const at::Tensor weights =
       d.plan[kWeights].reshape({-1}).index_select(0, d.plan[kSlot]).unsqueeze(1);
-  return at::zeros({x.size(0), x.size(1)}, accumulate)
+  return at::zeros({x.size(0), x.size(1)}, x.options().dtype(accumulate))
       .index_add(0, token, terms * weights)
       .to(expert_output.scalar_type());
 }

@@ -1,7 +1,9 @@
 #pragma once
 // restore=source, the paper's way (LSH-MoE, algorithm 1): groups are experts, only centroids
 // travel, and each token's residual is added back where the token came from. Ordinary autograd
-// around two row exchanges.
+// around two row exchanges. On a GPU the codec is the CPU's (see compress/cuda/codec.hpp), and sums
+// over rows are torch's index_add: with torch's deterministic algorithms, equal input gives equal
+// bits there too.
 
 #include "lshmoe/moe/ops/ops.hpp"
 

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <fstream>
 #include <set>
+#include <unordered_set>
 
 #include "lshmoe/runtime/error.hpp"
 
@@ -13,6 +14,9 @@ namespace lshmoe {
 namespace {
 namespace prof = torch::autograd::profiler;
 namespace impl = torch::profiler::impl;
+
+const std::unordered_set<at::RecordScope> kScopes = {
+    at::RecordScope::FUNCTION, at::RecordScope::USER_SCOPE, at::RecordScope::BACKWARD_FUNCTION};
 }  // namespace
 
 std::string trace_path(const std::string& path, int rank, int world_size) {
@@ -30,9 +34,7 @@ TraceSession::TraceSession(std::string path) : path_(std::move(path)) {
   const std::set<impl::ActivityType> activities = {impl::ActivityType::CPU};
   const impl::ProfilerConfig config(impl::ProfilerState::KINETO);
   prof::prepareProfiler(config, activities);
-  prof::enableProfiler(
-      config, activities,
-      {at::RecordScope::FUNCTION, at::RecordScope::USER_SCOPE, at::RecordScope::BACKWARD_FUNCTION});
+  prof::enableProfiler(config, activities, kScopes);
   recording_ = true;
 }
 
@@ -54,6 +56,22 @@ void TraceSession::write() {
   if (!written.good() || written.tellg() <= 0) {
     throw Error(detail::message("torch's profiler wrote no trace to '", path_,
                                 "': check the disk, and that this torch was built with kineto"));
+  }
+}
+
+NvtxRanges::NvtxRanges() {
+  try {
+    prof::enableProfiler(impl::ProfilerConfig(impl::ProfilerState::NVTX), {}, kScopes);
+  } catch (const c10::Error&) {
+    throw NotConfigured(
+        "NVTX ranges (this lshmoe was built without CUDA): rebuild with -DLSHMOE_CUDA=ON, or use "
+        "--trace");
+  }
+}
+NvtxRanges::~NvtxRanges() {
+  try {
+    prof::disableProfiler();
+  } catch (...) {  // a destructor may run while another error unwinds
   }
 }
 

@@ -28,4 +28,15 @@ class TraceSession {
   bool recording_ = false;
 };
 
+/// While it lives, torch operators and this library's phases (RECORD_FUNCTION) are NVTX ranges too,
+/// which NVIDIA's Nsight tools show beside the kernels. Not together with a TraceSession. Local.
+class NvtxRanges {
+ public:
+  /// Throws NotConfigured where this build, or its torch, has no CUDA.
+  NvtxRanges();
+  ~NvtxRanges();
+  NvtxRanges(const NvtxRanges&) = delete;
+  NvtxRanges& operator=(const NvtxRanges&) = delete;
+};
+
 }  // namespace lshmoe

@@ -2,7 +2,7 @@
 // enters every exchange.
 
 #include "lshmoe/moe/first_order.hpp"
-#include "lshmoe/moe/ops/cpu.hpp"
+#include "lshmoe/moe/ops/common.hpp"
 #include "lshmoe/moe/ops/ops.hpp"
 #include "lshmoe/moe/ops/registration.hpp"
 
@@ -19,8 +19,9 @@ bool records(std::initializer_list<const at::Tensor*> inputs) {
   return false;
 }
 
-at::Tensor or_zeros(const at::Tensor& grad, at::IntArrayRef sizes, at::ScalarType dtype) {
-  return grad.defined() ? grad : at::zeros(sizes, dtype);
+at::Tensor or_zeros(const at::Tensor& grad, at::IntArrayRef sizes, at::ScalarType dtype,
+                    at::Device device) {
+  return grad.defined() ? grad : at::zeros(sizes, at::dtype(dtype).device(device));
 }
 
 class DispatchFunction : public torch::autograd::Function<DispatchFunction> {
@@ -40,6 +41,7 @@ class DispatchFunction : public torch::autograd::Function<DispatchFunction> {
     ctx->saved_data["rows"] = rows.size(0);
     ctx->saved_data["hidden"] = rows.size(1);
     ctx->saved_data["dtype"] = static_cast<int64_t>(rows.scalar_type());
+    ctx->saved_data["device"] = rows.device();
     ctx->saved_data["exchange"] = exchange;
     variable_list outputs{rows, row_weights, tokens_per_expert};
     outputs.insert(outputs.end(), plan.begin(), plan.end());
@@ -50,10 +52,12 @@ class DispatchFunction : public torch::autograd::Function<DispatchFunction> {
     check_first_order();
     const int64_t rows = ctx->saved_data["rows"].toInt();
     const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
+    const at::Device device = ctx->saved_data["device"].toDevice();
     auto [grad_x, grad_weights] = dispatch_backward(
-        or_zeros(grads[0], {rows, ctx->saved_data["hidden"].toInt()}, dtype),
-        or_zeros(grads[1], {rows}, weight_type(dtype)), ctx->saved_data["plan"].toTensorVector(),
-        ctx->saved_data["top_k"].toInt(), ctx->saved_data["exchange"].toCustomClass<Exchange>());
+        or_zeros(grads[0], {rows, ctx->saved_data["hidden"].toInt()}, dtype, device),
+        or_zeros(grads[1], {rows}, weight_type(dtype), device),
+        ctx->saved_data["plan"].toTensorVector(), ctx->saved_data["top_k"].toInt(),
+        ctx->saved_data["exchange"].toCustomClass<Exchange>());
     return {grad_x, grad_weights, {}, {}};
   }
 };
@@ -86,7 +90,7 @@ class CombineFunction : public torch::autograd::Function<CombineFunction> {
     const auto saved = ctx->get_saved_variables();
     auto [grad_output, grad_weights] =
         combine_backward(or_zeros(grads[0], {ctx->saved_data["tokens"].toInt(), saved[0].size(1)},
-                                  saved[0].scalar_type()),
+                                  saved[0].scalar_type(), saved[0].device()),
                          saved[0], saved[1], ctx->saved_data["plan"].toTensorVector(),
                          ctx->saved_data["exchange"].toCustomClass<Exchange>());
     return {grad_output, grad_weights, {}, {}};
@@ -117,6 +121,7 @@ class SwapRowsFunction : public torch::autograd::Function<SwapRowsFunction> {
     ctx->saved_data["rows"] = received.size(0);
     ctx->saved_data["hidden"] = received.size(1);
     ctx->saved_data["dtype"] = static_cast<int64_t>(received.scalar_type());
+    ctx->saved_data["device"] = received.device();
     // dispatch <-> dispatch_backward, combine <-> combine_backward
     ctx->saved_data["direction"] = 3 - direction;
     ctx->saved_data["exchange"] = exchange;
@@ -127,8 +132,9 @@ class SwapRowsFunction : public torch::autograd::Function<SwapRowsFunction> {
     check_first_order();
     const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
     const auto back = ctx->saved_data["back"].toTensorVector();
-    const at::Tensor grad = or_zeros(
-        grads[0], {ctx->saved_data["rows"].toInt(), ctx->saved_data["hidden"].toInt()}, dtype);
+    const at::Tensor grad =
+        or_zeros(grads[0], {ctx->saved_data["rows"].toInt(), ctx->saved_data["hidden"].toInt()},
+                 dtype, ctx->saved_data["device"].toDevice());
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const at::Tensor none = at::empty({0}, at::kLong);
     const at::Tensor grad_rows =

@@ -4,35 +4,39 @@
 
 #include <cstring>
 
-#include "lshmoe/moe/ops/cpu.hpp"
+#include "lshmoe/moe/ops/common.hpp"
 #include "lshmoe/moe/ops/ops.hpp"
 #include "lshmoe/moe/ops/registration.hpp"
 
 namespace lshmoe::ops {
 namespace {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> dispatch_cpu(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> dispatch_rows(
     const at::Tensor& x_in, const at::Tensor& weights_in, const at::Tensor& ids_in,
     const ExchangePtr& exchange) {
   ExchangeContext& context = exchange->context();
   const DispatcherOptions& options = context.options;
   const int64_t hidden = options.hidden_size(), own = context.comm->rank();
-  (void)row_type(x_in.scalar_type());
+  check_rows(x_in);
   LSHMOE_VALIDATE(x_in.dim() == 2 && x_in.size(1) == hidden, "x is ", x_in.sizes(),
                   " (must be [tokens, ", hidden, "])");
   LSHMOE_VALIDATE(ids_in.dim() == 2 && ids_in.size(0) == x_in.size(0) && ids_in.size(1) >= 1 &&
-                      ids_in.scalar_type() == at::kLong && ids_in.is_cpu(),
+                      ids_in.scalar_type() == at::kLong,
                   "topk_ids is ", ids_in.scalar_type(), " ", ids_in.sizes(),
                   " (must be int64 [tokens, k] for ", x_in.size(0), " tokens)");
   const at::ScalarType weight_dtype = weight_type(x_in.scalar_type());
   LSHMOE_VALIDATE(weights_in.sizes() == ids_in.sizes() &&
-                      weights_in.scalar_type() == weight_dtype && weights_in.is_cpu(),
-                  "topk_weights is ", weights_in.scalar_type(), " ", weights_in.sizes(),
-                  " (must be ", weight_dtype, " ", ids_in.sizes(), ", as topk_ids)");
+                      weights_in.scalar_type() == weight_dtype &&
+                      weights_in.device() == x_in.device(),
+                  "topk_weights is ", weights_in.scalar_type(), " ", weights_in.sizes(), " on ",
+                  weights_in.device(), " (must be ", weight_dtype, " ", ids_in.sizes(),
+                  ", as topk_ids, on ", x_in.device(), ", as x)");
   LSHMOE_VALIDATE(!context.restores_at_source(),
                   "restore=source has no dispatch plan: use Dispatcher, or swap_rows");
-  const at::Tensor x = x_in.contiguous(), weights = weights_in.contiguous(),
-                   ids = ids_in.contiguous();
+  const at::Tensor x = x_in.contiguous();
+  // The layer's one wait for its counts: the plan is made by the host.
+  const std::vector<at::Tensor> choices = to_host({ids_in, weights_in});
+  const at::Tensor &ids = choices[0], &weights = choices[1];
 
   RowsOut out;
   out.direction = Direction::dispatch;
@@ -82,34 +86,36 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> dispatch
   at::Tensor rows = at::empty({places, hidden}, x.options());
   const auto* offset = receive.offset.const_data_ptr<int64_t>();
   const auto* position = receive.position.const_data_ptr<int64_t>();
-  at::Tensor first_place = at::empty({count}, at::kLong);
-  for (int64_t i = 0; i < count; ++i)
-    first_place.mutable_data_ptr<int64_t>()[i] = position[offset[i]];
-  exchange->unpack(in, rows, first_place);
-  const std::size_t row_bytes = static_cast<std::size_t>(hidden) * rows.element_size();
-  auto* data = static_cast<std::byte*>(rows.mutable_data_ptr());
+  const int64_t others = receive.position.numel() - count;
+  at::Tensor first_place = at::empty({count}, at::kLong), from = at::empty({others}, at::kLong),
+             to = at::empty({others}, at::kLong);
+  auto* next_from = from.mutable_data_ptr<int64_t>();
+  auto* next_to = to.mutable_data_ptr<int64_t>();
   for (int64_t i = 0; i < count; ++i) {
-    const std::byte* from = data + static_cast<std::size_t>(position[offset[i]]) * row_bytes;
-    for (int64_t a = offset[i] + 1; a < offset[i + 1]; ++a)
-      std::memcpy(data + static_cast<std::size_t>(position[a]) * row_bytes, from, row_bytes);
+    first_place.mutable_data_ptr<int64_t>()[i] = position[offset[i]];
+    for (int64_t a = offset[i] + 1; a < offset[i + 1]; ++a) {
+      *next_from++ = position[offset[i]];
+      *next_to++ = position[a];
+    }
   }
+  exchange->unpack(in, rows, first_place);
+  copy_rows(rows, to, rows, from);
   // Padding stands at the end of each block.
   int64_t end = 0;
   for (std::size_t e = 0; e < tokens_per_expert.size(); ++e) {
     const int64_t block = receive.rows_per_expert.const_data_ptr<int64_t>()[e];
     const int64_t padding = block - tokens_per_expert[e];
     end += block;
-    if (padding > 0)
-      std::memset(data + static_cast<std::size_t>(end - padding) * row_bytes, 0,
-                  static_cast<std::size_t>(padding) * row_bytes);
+    if (padding > 0) rows.narrow(0, end - padding, padding).zero_();
   }
-  return {rows, row_weights, at::tensor(tokens_per_expert, at::kLong), to_tensors(send, receive)};
+  return {rows, row_weights.to(x.device()), at::tensor(tokens_per_expert, at::kLong),
+          to_tensors(send, receive)};
 }
 
-std::tuple<at::Tensor, at::Tensor> dispatch_backward_cpu(const at::Tensor& grad_rows_in,
-                                                         const at::Tensor& grad_weights_in,
-                                                         at::TensorList plan, int64_t top_k,
-                                                         const ExchangePtr& exchange) {
+std::tuple<at::Tensor, at::Tensor> dispatch_rows_backward(const at::Tensor& grad_rows_in,
+                                                          const at::Tensor& grad_weights_in,
+                                                          at::TensorList plan, int64_t top_k,
+                                                          const ExchangePtr& exchange) {
   ExchangeContext& context = exchange->context();
   SendPlan send;
   ReceivePlan receive;
@@ -120,26 +126,29 @@ std::tuple<at::Tensor, at::Tensor> dispatch_backward_cpu(const at::Tensor& grad_
   LSHMOE_VALIDATE(grad_rows_in.dim() == 2 && grad_rows_in.size(0) == places &&
                       grad_rows_in.size(1) == hidden && grad_weights_in.dim() == 1 &&
                       grad_weights_in.size(0) == places &&
-                      grad_weights_in.scalar_type() == weight_dtype,
+                      grad_weights_in.scalar_type() == weight_dtype &&
+                      grad_weights_in.device() == grad_rows_in.device(),
                   "the gradients are ", grad_rows_in.sizes(), " and ",
                   grad_weights_in.scalar_type(), " ", grad_weights_in.sizes(), " (must be [",
                   places, ", ", hidden, "] and ", weight_dtype, " [", places, "])");
   const int64_t slots = send.tokens() * top_k;
   LSHMOE_VALIDATE(top_k >= 1 && (send.slot.numel() == 0 || send.slot.max().item<int64_t>() < slots),
                   "top_k ", top_k, " does not fit the plan");
+  check_rows(grad_rows_in);
   const at::Tensor grad_rows = grad_rows_in.contiguous();
+  const auto on_device = to_device(
+      {receive.offset, receive.position, send.token_offset, send.token_row}, grad_rows.device());
 
   RowsOut out;
   out.direction = Direction::dispatch_backward;
   out.top_k = top_k;
-  out.rows = segment_sum(grad_rows, receive.offset, receive.position, {});
+  out.rows = segment_sum(grad_rows, on_device[0], on_device[1], {});
   out.rows_per_group = to_vector(receive.rows);
   out.expected_rows = to_vector(send.rows);
   out.assignments = to_vector(receive.assignments);
   out.raw_rows = sum_for_others(receive.rows, context.comm->rank());
   // The weights' gradients go uncompressed: there is one number for each assignment.
-  const at::Tensor grad_weights = grad_weights_in.index_select(0, receive.position);
-  out.attachment = grad_weights.view(at::kByte);
+  out.attachment = to_host({grad_weights_in.index_select(0, on_device[1])})[0].view(at::kByte);
   const auto size = static_cast<int64_t>(at::elementSize(weight_dtype));
   for (const int64_t count : out.assignments) out.attachment_bytes.push_back(count * size);
   out.attachment_due = [&send, size](int64_t rank, int64_t, int64_t assignments) {
@@ -161,8 +170,8 @@ std::tuple<at::Tensor, at::Tensor> dispatch_backward_cpu(const at::Tensor& grad_
   }
   at::Tensor received = at::empty({send.token.numel(), hidden}, grad_rows.options());
   exchange->unpack(in, received, row_numbers(send.token.numel()));
-  return {segment_sum(received, send.token_offset, send.token_row, {}),
-          slot_grads.view({send.tokens(), top_k})};
+  return {segment_sum(received, on_device[2], on_device[3], {}),
+          slot_grads.view({send.tokens(), top_k}).to(grad_rows.device())};
 }
 
 }  // namespace
@@ -186,9 +195,9 @@ std::tuple<at::Tensor, at::Tensor> dispatch_backward(const at::Tensor& grad_rows
   return op.call(grad_rows, grad_row_weights, plan, top_k, exchange);
 }
 
-void register_dispatch_cpu(torch::Library& m) {
-  m.impl("dispatch", TORCH_FN(dispatch_cpu));
-  m.impl("dispatch_backward", TORCH_FN(dispatch_backward_cpu));
+void register_dispatch(torch::Library& m) {
+  m.impl("dispatch", TORCH_FN(dispatch_rows));
+  m.impl("dispatch_backward", TORCH_FN(dispatch_rows_backward));
 }
 
 }  // namespace lshmoe::ops

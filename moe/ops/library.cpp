@@ -50,12 +50,17 @@ TORCH_LIBRARY(lshmoe, m) {
   for (const char* schema : kSchemas) m.def(schema);
 }
 
-TORCH_LIBRARY_IMPL(lshmoe, CPU, m) {
-  register_dispatch_cpu(m);
-  register_combine_cpu(m);
-  register_swap_rows_cpu(m);
-  register_codec_cpu(m);
+namespace {
+void register_all(torch::Library& m) {
+  register_dispatch(m);
+  register_combine(m);
+  register_swap_rows(m);
+  register_codec(m);
 }
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lshmoe, CPU, m) { register_all(m); }
+TORCH_LIBRARY_IMPL(lshmoe, CUDA, m) { register_all(m); }
 
 TORCH_LIBRARY_IMPL(lshmoe, Autograd, m) { register_autograd(m); }
 

@@ -1,6 +1,7 @@
 #pragma once
 // The torch ops, torch.ops.lshmoe.* in Python: functional schemas, tensors in and tensors out. The
-// functions here are their front doors in C++. Each checks its arguments, once, in its CPU kernel.
+// functions here are their front doors in C++. Each checks its arguments, once, in its kernel.
+// Rows and weights are on the CPU or on a GPU; counts and plans on the CPU; topk_ids on either.
 //
 // dispatch, combine and swap_rows are differentiable; their backward ops are listed beside them.
 // All of them are collective over the exchange's expert group.

@@ -6,10 +6,11 @@
 
 namespace lshmoe::ops {
 
-void register_dispatch_cpu(torch::Library& library);
-void register_combine_cpu(torch::Library& library);
-void register_swap_rows_cpu(torch::Library& library);
-void register_codec_cpu(torch::Library& library);
+// For the CPU and for CUDA: they look at their rows' device.
+void register_dispatch(torch::Library& library);
+void register_combine(torch::Library& library);
+void register_swap_rows(torch::Library& library);
+void register_codec(torch::Library& library);
 void register_autograd(torch::Library& library);
 
 }  // namespace lshmoe::ops

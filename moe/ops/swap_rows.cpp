@@ -1,20 +1,20 @@
 // swap_rows: rows to their ranks without a plan; restore=source is made of it.
 
-#include "lshmoe/moe/ops/cpu.hpp"
+#include "lshmoe/moe/ops/common.hpp"
 #include "lshmoe/moe/ops/ops.hpp"
 #include "lshmoe/moe/ops/registration.hpp"
 
 namespace lshmoe::ops {
 namespace {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swap_rows_cpu(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swap_rows_kernel(
     const at::Tensor& rows, const at::Tensor& /*link*/, const at::Tensor& rows_per_group,
     const at::Tensor& routed_rows, const at::Tensor& expected_rows, const at::Tensor& parcels,
     const at::Tensor& parcel_bytes, int64_t direction, const ExchangePtr& exchange) {
   ExchangeContext& context = exchange->context();
   const int64_t ranks = context.ranks(), groups = context.num_local_experts() * ranks,
                 hidden = context.options.hidden_size();
-  (void)row_type(rows.scalar_type());
+  check_rows(rows);
   LSHMOE_VALIDATE(direction >= 0 && direction < 4, "direction is ", direction,
                   " (must be 0 .. 3, see Direction)");
   for (const at::Tensor* counts : {&rows_per_group, &routed_rows, &expected_rows, &parcel_bytes})
@@ -41,10 +41,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swap_rows_cpu(
   out.raw_rows = sum_for_others(routed_rows, context.comm->rank());
   Encoded encoded;
   if (parcel_bytes.numel() > 0) {
-    LSHMOE_VALIDATE(parcels.is_cpu() && parcels.scalar_type() == at::kByte && parcels.dim() == 1 &&
-                        parcels.is_contiguous() &&
+    LSHMOE_VALIDATE(parcels.device() == rows.device() && parcels.scalar_type() == at::kByte &&
+                        parcels.dim() == 1 && parcels.is_contiguous() &&
                         parcels.numel() == parcel_bytes.sum().item<int64_t>(),
-                    "parcels must be a uint8 vector of sum(parcel_bytes) bytes");
+                    "parcels must be a uint8 vector of sum(parcel_bytes) bytes beside the rows");
     encoded.bytes = parcels;
     encoded.bytes_per_group = to_vector(parcel_bytes);
     out.encoded = &encoded;
@@ -55,7 +55,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swap_rows_cpu(
   at::Tensor received = at::empty({count, hidden}, rows.options());
   exchange->unpack(in, received, row_numbers(count));
   return {received, received_per_group, at::tensor(in.assignments, at::kLong),
-          at::ones({count}, weight_type(rows.scalar_type()))};
+          at::ones({count}, rows.options().dtype(weight_type(rows.scalar_type())))};
 }
 
 }  // namespace
@@ -71,6 +71,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swap_rows(
                  direction, exchange);
 }
 
-void register_swap_rows_cpu(torch::Library& m) { m.impl("swap_rows", TORCH_FN(swap_rows_cpu)); }
+void register_swap_rows(torch::Library& m) { m.impl("swap_rows", TORCH_FN(swap_rows_kernel)); }
 
 }  // namespace lshmoe::ops
