@@ -36,7 +36,10 @@ at::Tensor block_ends(const std::vector<int64_t>& rows_per_expert, const at::Ten
                     " rows (grouped GEMM counts to 2^31 - 1): use fewer tokens a step");
     ends.push_back(static_cast<int32_t>(end));
   }
-  return at::tensor(ends, at::kInt).to(rows.device());
+  const at::Tensor host = at::tensor(ends, at::kInt);
+  if (rows.is_cpu()) return host;
+  // From pinned memory, so that the host does not wait for what is queued.
+  return host.pin_memory().to(rows.device(), /*non_blocking=*/true);
 }
 
 /// Uninitialised [rows, columns]. On the CPU each row starts at a whole vector: torch's elementwise

@@ -6,6 +6,7 @@
 #include "lshmoe/comm/nccl/communicator.hpp"
 #include "lshmoe/moe/device_rows.hpp"
 #include "lshmoe/moe/gradients.hpp"
+#include "lshmoe/runtime/error.hpp"
 #include "tests/support/layer_runs.hpp"
 #include "tests/support/main.hpp"
 
