@@ -5,13 +5,16 @@
 #include <string_view>
 
 #include "lshmoe/launch/bench_codec.hpp"
+#include "lshmoe/launch/bench_layer.hpp"
 #include "lshmoe/runtime/log.hpp"
 #include "lshmoe/runtime/memory.hpp"
 
 int main(int argc, char** argv) {
   constexpr const char* kUsage =
       "usage: lshmoe-bench SUBCOMMAND [options]\n\n"
-      "  codec   bits, errors and speed of a codec on rows of a file\n\n"
+      "  codec   bits, errors and speed of a codec on rows of a file\n"
+      "  layer   forward and backward of the MoE layer beside a plain one; alone or under "
+      "mpirun\n\n"
       "lshmoe-bench SUBCOMMAND --help lists its options.\n";
   const std::string_view subcommand = argc > 1 ? argv[1] : "";
   if (subcommand == "--help" || subcommand == "-h") {
@@ -24,6 +27,7 @@ int main(int argc, char** argv) {
       lshmoe::launch::bench_codec(argc - 1, argv + 1);
       return 0;
     }
+    if (subcommand == "layer") return lshmoe::launch::bench_layer(argc - 1, argv + 1);
   } catch (const std::exception& error) {
     lshmoe::log_error(error.what());
     return 1;

@@ -20,6 +20,7 @@
 #include "lshmoe/compress/phases.hpp"
 #include "lshmoe/kernels/cuda/grid.hpp"
 #include "lshmoe/launch/bench_formats.hpp"
+#include "lshmoe/launch/bench_timing.hpp"
 #include "lshmoe/launch/npy.hpp"
 #include "lshmoe/launch/plot.hpp"
 #include "lshmoe/runtime/error.hpp"
@@ -220,28 +221,13 @@ std::vector<Case> make_cases(const BenchOptions& o) {
 }
 
 /// Runs `part` and returns the seconds that this thread computed (codecs use no other), whatever
-/// else the machine does. On a GPU: between two events around it on the stream.
+/// else the machine does. On a GPU: stream_time.
 template <class Part>
 double time(Part part, at::Device device = at::kCPU) {
-  if (!device.is_cpu()) {
-    const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
-    c10::Event begin(device.type(), c10::EventFlag::BACKEND_DEFAULT);
-    c10::Event end(device.type(), c10::EventFlag::BACKEND_DEFAULT);
-    begin.record(stream);
-    part();
-    end.record(stream);
-    end.synchronize();
-    return 1e-3 * begin.elapsedTime(end);
-  }
+  if (!device.is_cpu()) return stream_time(part, device);
   const double start = thread_seconds();
   part();
   return thread_seconds() - start;
-}
-
-double median(std::vector<double> values) {
-  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
-  std::nth_element(values.begin(), middle, values.end());
-  return *middle;
 }
 
 /// Errors of the rows received, relative to each row's norm or to the rms norm of its group.

@@ -35,6 +35,10 @@ BENCHMARKS = [
     (f"bench/codec_{sms}_sms", CODEC + "--synthetic-rows 12288 --hidden-size 4096 "
      f"--fit-rows 4096 --kind fp8 lsh --state learned --num-sms {sms}", 40)
     for sms in (8, 16, 32)
+] + [
+    ("bench/layer", "layer --device cuda --hidden-size 4096 --ffn-hidden-size 14336 "
+     "--num-experts 8 --top-k 2 --tokens 4096 --dtype bf16 --compress lsh --codec-on-self "
+     "--json {json}", 150),
 ]
 
 

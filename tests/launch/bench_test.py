@@ -1,4 +1,4 @@
-"""lshmoe-bench codec as a user runs it: what it reads, measures, writes and refuses.
+"""lshmoe-bench codec and layer as a user runs them: what it reads, measures, writes and refuses.
 
     bench_test.py PROGRAM [unittest's arguments]
 """
@@ -293,6 +293,58 @@ class BenchTest(unittest.TestCase):
             job = self.run_bench(["--input", self.write("y.npy", npy(gaussian(3, 4), descr))])
             self.assertEqual(job.returncode, 1)
             self.assertIn("holds no little-endian float16, float32 or bfloat16", job.stderr)
+
+
+class LayerTest(unittest.TestCase):
+    SIZES = ["--hidden-size", "32", "--ffn-hidden-size", "64", "--tokens", "96", "--repeat", "2"]
+
+    def measure(self, args, ranks=1):
+        with tempfile.NamedTemporaryFile(suffix=".jsonl") as lines:
+            command = ["mpirun", "-n", str(ranks)] if ranks > 1 else []
+            job = subprocess.run([*command, PROGRAM, "layer", *self.SIZES, "--json", lines.name,
+                                  *args], capture_output=True, text=True)
+            self.assertEqual(job.returncode, 0, job.stderr)
+            with open(lines.name) as file:
+                return [json.loads(line) for line in file], job.stdout
+
+    def test_alone(self):
+        for dtype in "fp32", "bf16":
+            lines, text = self.measure(["--dtype", dtype])
+            self.assertEqual(lines[0]["variant"], "lshmoe, uncompressed")
+            self.assertEqual(lines[-1]["variant"], "reference, loop")
+            self.assertIn("from the reference's", text)
+            for line in lines:
+                self.assertEqual((line["ranks"], line["bytes_sent"], line["dtype"]), (1, 0, dtype))
+                ms = line["ms"]
+                self.assertTrue(0 < ms["least"] <= ms["all"] <= ms["most"])
+                # FLOPs: 2 products of 2 x rows x hidden x ffn, three times for the gradients too.
+                flops = 12 * 96 * 2 * 32 * 64
+                self.assertAlmostEqual(line["tflop_s"], 1e-9 * flops / ms["all"], delta=1e-9)
+        lines, _ = self.measure(["--compress", "lsh", "--codec-on-self"])
+        plain, lsh = lines[:2]
+        self.assertEqual(lsh["variant"], "lshmoe, lsh")
+        self.assertGreater(lsh["ms"]["codec"], plain["ms"]["codec"])
+        self.assertTrue(0 < lsh["max_error_ratio"] <= 1)
+        self.assertIsNone(plain["break_even_gbit_s"])
+
+    def test_two_ranks(self):
+        lines, _ = self.measure(["--compress", "fp8"], ranks=2)
+        plain, fp8 = lines[:2]
+        self.assertEqual(fp8["ranks"], 2)
+        # fp32 rows: twice bf16's bytes, and the plan's; fp8: about half.
+        self.assertGreater(plain["bytes_sent"], 2 * plain["bytes_raw"])
+        self.assertLess(fp8["bytes_sent"], 0.8 * fp8["bytes_raw"])
+        self.assertGreater(fp8["break_even_gbit_s"], 0)
+        self.assertGreater(plain["ms"]["exchange"], 0)
+
+    def test_refuses(self):
+        for args, text in ((["--dtype", "fp16"], "unknown dtype 'fp16'"),
+                           (["--tokens", "0"], "must be 1 or more"),
+                           (["--num-experts", "8", "--top-k", "9"], "top_k"),
+                           (["--compress", "fp9"], "unknown codec kind 'fp9'")):
+            job = subprocess.run([PROGRAM, "layer", *args], capture_output=True, text=True)
+            self.assertEqual(job.returncode, 1, args)
+            self.assertIn(text, job.stderr)
 
 
 if __name__ == "__main__":
