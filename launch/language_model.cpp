@@ -16,7 +16,8 @@ constexpr double kRotaryBase = 10000.0;
 void validate(const LanguageModelOptions& o, int ep_size) {
   const int64_t hidden = o.moe().hidden_size();
   LSHMOE_VALIDATE(hidden >= 1, "hidden-size is ", hidden, " (must be at least 1)");
-  LSHMOE_VALIDATE(o.layers() >= 1, "layers is ", o.layers(), " (must be at least 1)");
+  LSHMOE_VALIDATE(o.layers() >= 1 && o.layers() <= 10000, "layers is ", o.layers(),
+                  " (must be 1 to 10000)");
   LSHMOE_VALIDATE(o.heads() >= 1, "heads is ", o.heads(), " (must be at least 1)");
   LSHMOE_VALIDATE(hidden % (2 * o.heads()) == 0, "hidden-size ", hidden,
                   " is not divisible by 2 x heads ", o.heads(),

@@ -257,6 +257,7 @@ TEST(LanguageModel, SaysWhatDoesNotFit) {
   EXPECT_TRUE(has(error_of(options().heads(3)), "hidden-size 16 is not divisible by 2 x heads 3"));
   EXPECT_TRUE(has(error_of(options().heads(0)), "heads is 0"));
   EXPECT_TRUE(has(error_of(options().layers(0)), "layers is 0"));
+  EXPECT_TRUE(has(error_of(options().layers(99999999999)), "layers is 99999999999"));
   EXPECT_TRUE(has(error_of(options().moe_every(5)), "moe-every is 5"));
   EXPECT_TRUE(has(error_of(options().dense_ffn_hidden_size(0)), "dense-ffn-hidden-size is 0"));
   EXPECT_TRUE(has(error_of(options().dtype(at::kDouble)), "dtype"));
