@@ -72,13 +72,14 @@ Reporter::Reporter(const TrainOptions& options, const ExpertGroups& groups, cons
                    int64_t num_parameters, int64_t tokens_per_step)
     : options_(options), tokens_per_step_(tokens_per_step), eval_loss_(kNone) {
   if (!options.metrics.empty()) metrics_ = std::make_unique<MetricsWriter>(options.metrics);
+  const std::string place = options.device == "cuda" ? " on GPUs by " + options.comm_backend : "";
   print_line(
-      format("%d ranks, ep-size %d, %lld parameters, %lld experts top-%lld, compress %s, "
+      format("%d ranks%s, ep-size %d, %lld parameters, %lld experts top-%lld, compress %s, "
              "%lld steps of %lld tokens",
-             groups.world->size(), groups.expert->size(), static_cast<long long>(num_parameters),
-             static_cast<long long>(options.num_experts), static_cast<long long>(options.top_k),
-             options.compress.c_str(), static_cast<long long>(options.steps),
-             static_cast<long long>(tokens_per_step)));
+             groups.world->size(), place.c_str(), groups.expert->size(),
+             static_cast<long long>(num_parameters), static_cast<long long>(options.num_experts),
+             static_cast<long long>(options.top_k), options.compress.c_str(),
+             static_cast<long long>(options.steps), static_cast<long long>(tokens_per_step)));
 }
 
 void Reporter::add(const StepReport& r, double eval_seconds) {

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <limits>
 
+#include "lshmoe/comm/cuda/device.hpp"
+#include "lshmoe/comm/nccl/communicator.hpp"
 #include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe::launch {
@@ -75,7 +77,8 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
           "moe-every", value<int64_t>(o.moe_every, 2), "every n-th block has an MoE layer")(
           "dtype", value<string>(o.dtype, "fp32"),
           "fp32, or bf16: activations in bf16, master weights and router in fp32")(
-          "device", value<string>(o.device, "auto"), "auto or cpu (cuda is not there yet)");
+          "device", value<string>(o.device, "auto"),
+          "cpu; cuda: a GPU for each rank of a host; auto: cuda where every rank has one");
   parser.group("launch: training")
       .add_options()("steps", value<int64_t>(o.steps, 800), "optimiser steps")(
           "batch-size", value<int64_t>(o.batch_size, 4), "sequences a rank and step")(
@@ -103,10 +106,17 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
                      "one JSON object a step (rank 0)")(
           "trace", po::value(&o.trace)->value_name("FILE"),
           "a trace per rank for the Perfetto UI; for runs of few steps")(
+          "nvtx", po::bool_switch(&o.nvtx),
+          "mark the trace's ranges for Nsight, instead of --trace")(
           "progress", value<int64_t>(o.progress, 20), "steps between progress lines; 0: none");
   parser.group("comm").add_options()("ep-size", value<int64_t>(o.ep_size, 0),
                                      "ranks that share the experts; 0: all ranks")(
-      "timeout", real(o.timeout, 300, "300"), "longest wait for other ranks, seconds");
+      "timeout", real(o.timeout, 300, "300"), "longest wait for other ranks, seconds")(
+      "comm-backend", value<string>(o.comm_backend, "auto"),
+      "what moves rows and gradients of GPUs: nccl, or mpi (through host memory); auto: nccl where "
+      "this was built with it and no GPU is shared")(
+      "share-gpu", po::bool_switch(&o.share_gpu),
+      "ranks of a host may take the same GPU (for tests); with mpi only");
   parser.group("moe").add_options()("num-experts", value<int64_t>(o.num_experts, 8),
                                     "experts of an MoE layer, over all ranks of an ep group")(
       "ffn-hidden-size", value<int64_t>(o.ffn_hidden_size, 256), "width of an expert")(
@@ -238,11 +248,30 @@ int effective_ep_size(const TrainOptions& o, int world_size) {
 }
 
 void validate(const TrainOptions& o, int world_size) {
-  if (o.device == "cuda") {
-    throw NotConfigured("device cuda is not there yet: use --device cpu");
+  LSHMOE_VALIDATE(o.device == "auto" || o.device == "cpu" || o.device == "cuda", "unknown device '",
+                  o.device, "': use --device auto, cpu or cuda");
+  LSHMOE_VALIDATE(o.comm_backend == "auto" || o.comm_backend == "mpi" || o.comm_backend == "nccl",
+                  "unknown comm-backend '", o.comm_backend,
+                  "': use --comm-backend auto, mpi or nccl");
+  LSHMOE_VALIDATE(o.device != "cpu" || (!o.share_gpu && o.comm_backend != "nccl"),
+                  o.share_gpu ? "share-gpu" : "comm-backend nccl",
+                  " is for GPUs, but device is cpu: use --device cuda, or leave it out");
+  LSHMOE_VALIDATE(!o.share_gpu || o.comm_backend != "nccl",
+                  "share-gpu with comm-backend nccl (NCCL refuses two ranks on one GPU): use "
+                  "--comm-backend mpi, or a GPU for each rank");
+  LSHMOE_VALIDATE(!o.nvtx || o.trace.empty(),
+                  "nvtx and trace exclude each other (both take torch's profiler): give one of "
+                  "them");
+  if (o.device == "cuda" && !cuda::configured()) {
+    throw NotConfigured(
+        "device cuda (this lshmoe was built without CUDA): rebuild with -DLSHMOE_CUDA=ON, or use "
+        "--device cpu");
   }
-  LSHMOE_VALIDATE(o.device == "auto" || o.device == "cpu", "unknown device '", o.device,
-                  "': use --device auto or cpu");
+  if (o.comm_backend == "nccl" && !nccl_configured()) {
+    throw NotConfigured(
+        "comm-backend nccl (this lshmoe was built without NCCL): rebuild with -DLSHMOE_CUDA=ON "
+        "where NCCL is found, or use --comm-backend mpi");
+  }
   LSHMOE_VALIDATE(o.dtype == "fp32" || o.dtype == "bf16", "unknown dtype '", o.dtype,
                   "': use --dtype fp32 or bf16");
   const auto at_least = [](const char* name, auto given, auto least) {

@@ -17,7 +17,10 @@ struct TrainOptions {
   int64_t vocab_size, seq_len, eval_sequences;
 
   int64_t layers, hidden_size, heads, dense_ffn_hidden_size;
-  std::string dtype, device;
+  std::string dtype;
+  std::string device;  ///< as given; what the trainer gets is cpu or cuda, see resolve_device
+  std::string comm_backend;
+  bool share_gpu, nvtx;
 
   int64_t num_experts, ffn_hidden_size, top_k, moe_every, shared_expert_size, overlap_degree;
   std::string activation, score_function, drop_policy;

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "lshmoe/comm/session.hpp"
+#include "lshmoe/launch/device.hpp"
 #include "lshmoe/launch/study.hpp"
 #include "lshmoe/launch/trainer.hpp"
 #include "lshmoe/runtime/error.hpp"
@@ -56,11 +57,11 @@ void check_same_data(Communicator& world, const DataSource& data) {
   }
 }
 
-void run(Session& session, const TrainOptions& options, const OpenData& open_data,
-         const StopFlag& stop) {
+void run(Session& session, TrainOptions options, const OpenData& open_data, const StopFlag& stop) {
   const auto world = session.world();
   std::unique_ptr<DataSource> data;
   std::optional<TraceSession> trace;
+  std::optional<NvtxRanges> nvtx;
   together(*world, [&] {
     validate(options, world->size());
     if (options.study) validate_study(options, world->size());
@@ -68,9 +69,16 @@ void run(Session& session, const TrainOptions& options, const OpenData& open_dat
     if (!options.trace.empty()) {
       trace.emplace(trace_path(options.trace, world->rank(), world->size()));
     }
+    if (options.nvtx) nvtx.emplace();
   });
   check_same_data(*world, *data);
-  const ExpertGroups groups = make_expert_groups(world, effective_ep_size(options, world->size()));
+  try {
+    resolve_device(session, options);
+  } catch (const InvalidArgument& error) {  // of all ranks alike
+    throw AgreedError(error.what());
+  }
+  const ExpertGroups groups = make_expert_groups(training_world(session, options),
+                                                 effective_ep_size(options, world->size()));
   try {
     const auto stop_requested = [&] { return stop.requested(); };
     if (options.study) {

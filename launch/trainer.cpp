@@ -10,6 +10,7 @@
 #include <optional>
 #include <span>
 
+#include "lshmoe/launch/device.hpp"
 #include "lshmoe/launch/report.hpp"
 #include "lshmoe/runtime/error.hpp"
 #include "lshmoe/runtime/metrics.hpp"
@@ -32,6 +33,14 @@ class Clock {
  private:
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
+
+/// Made on the CPU, so that its first parameters do not depend on the device.
+LanguageModel make_model(const TrainOptions& options, const ExpertGroups& groups,
+                         const DataSource& data, at::Device device) {
+  LanguageModel model(model_options(options, data.vocab_size()), groups);
+  if (!device.is_cpu()) model->to(device);
+  return model;
+}
 
 /// Weight decay on matrices only: vectors are norms and biases (an expert's bias is [experts, n]).
 std::unique_ptr<torch::optim::AdamW> make_optimiser(const TrainOptions& options,
@@ -125,14 +134,16 @@ Trainer::Trainer(const TrainOptions& options, const ExpertGroups& groups, const 
     : options_(options),
       groups_(groups),
       data_(data),
-      model_(model_options(options, data.vocab_size()), groups),
+      device_(device_of(options)),
+      model_(make_model(options, groups, data, device_)),
       reducer_(groups, *model_),
       optimiser_(make_optimiser(options, *model_)) {}
 
 LanguageModelOutput Trainer::accumulate(int64_t step) {
   model_->train();
   const int64_t first = groups_.world->rank() * options_.batch_size;
-  LanguageModelOutput out = model_->forward(data_.train_windows(step, first, options_.batch_size));
+  LanguageModelOutput out =
+      model_->forward(on_device(data_.train_windows(step, first, options_.batch_size), device_));
   (out.loss + out.aux_loss + out.z_loss).backward();
   return out;
 }
@@ -146,12 +157,15 @@ StepReport Trainer::step(bool stop) {
 
   const LanguageModelOutput out = accumulate(step_);
 
-  phase.lap();
-  reducer_.reduce();
-  report.grad_norm = reducer_.clip_grad_norm(options_.clip_grad);
-  report.seconds.gradients = phase.lap();
+  PhaseTimer gradient_time, optimiser_time;
+  {
+    const PhaseTimer::Span span(gradient_time, device_);
+    reducer_.reduce();
+    report.grad_norm = reducer_.clip_grad_norm(options_.clip_grad);
+  }
   {
     RECORD_FUNCTION("lshmoe::optimiser", std::vector<c10::IValue>{});
+    const PhaseTimer::Span span(optimiser_time, device_);
     for (auto& group : optimiser_->param_groups()) {
       static_cast<torch::optim::AdamWOptions&>(group.options()).lr(report.lr);
     }
@@ -160,7 +174,7 @@ StepReport Trainer::step(bool stop) {
     optimiser_->zero_grad(/*set_to_none=*/false);
     model_->update_expert_bias();
   }
-  report.seconds.optimiser = phase.lap();
+  phase.lap();
   const auto state_bytes = [&] { return groups_.expert->traffic(Purpose::codec_state).bytes_sent; };
   const std::uint64_t state_bytes_before = state_bytes();
   model_->refresh_codecs();
@@ -175,6 +189,8 @@ StepReport Trainer::step(bool stop) {
   }
 
   report.loss = out.loss.item<double>();
+  report.seconds.gradients = gradient_time.seconds();
+  report.seconds.optimiser = optimiser_time.seconds();
   report.aux_loss = out.aux_loss.item<double>();
   for (const MoEStats& stats : out.stats) add_exchange(report, stats, model_->options.moe());
   at::Tensor load =
@@ -239,8 +255,9 @@ double Trainer::evaluate() {
     const int64_t count = std::min(options_.batch_size, end - first - done);
     const at::Tensor loss =
         model_
-            ->forward(count > 0 ? data_.eval_windows(first + done, count)
-                                : data_.eval_windows(std::max<int64_t>(0, end - 1), 1))
+            ->forward(on_device(count > 0 ? data_.eval_windows(first + done, count)
+                                          : data_.eval_windows(std::max<int64_t>(0, end - 1), 1),
+                                device_))
             .loss;
     if (count <= 0) continue;
     sums[0] += loss.item<double>() * static_cast<double>(count);

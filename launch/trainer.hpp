@@ -66,7 +66,8 @@ struct Gradient {
 /// world, if it does not say otherwise.
 class Trainer {
  public:
-  /// Options as validated. `data` must outlive the trainer.
+  /// Options as validated, their device as resolve_device sets it; model and optimiser are there.
+  /// `data` must outlive the trainer.
   Trainer(const TrainOptions& options, const ExpertGroups& groups, const DataSource& data);
 
   /// The next optimiser step. `stop`: this rank was asked to stop.
@@ -100,6 +101,7 @@ class Trainer {
   TrainOptions options_;
   ExpertGroups groups_;
   const DataSource& data_;
+  at::Device device_;
   LanguageModel model_;
   GradientReducer reducer_;
   std::unique_ptr<torch::optim::AdamW> optimiser_;

@@ -127,7 +127,13 @@ class BadInput(TrainTest):
              r"unknown option 'top_k' in .*a.ini, did you mean --top-k\?"),
             ([*text, "--score-function", "tanh"], r"'tanh'.*softmax.*sigmoid"),
             ([*text, "--activation", "elu"], r"'elu'.*relu.*gelu.*swiglu"),
-            ([*text, "--device", "cuda"], r"cuda is not there yet: use --device cpu"),
+            ([*text, "--device", "tpu"], r"unknown device 'tpu': use --device auto, cpu or cuda"),
+            ([*text, "--device", "cpu", "--share-gpu"], r"share-gpu is for GPUs.*leave it out"),
+            ([*text, "--device", "cpu", "--comm-backend", "nccl"], r"nccl is for GPUs"),
+            ([*text, "--comm-backend", "tcp"], r"unknown comm-backend 'tcp': use --comm-backend auto"),
+            ([*text, "--share-gpu", "--comm-backend", "nccl"],
+             r"share-gpu with comm-backend nccl .*two ranks on one GPU.*: use --comm-backend mpi"),
+            ([*text, "--nvtx", "--trace", self.path("t.json")], r"nvtx and trace exclude each other"),
             ([*text, "--dtype", "fp16"], r"'fp16': use --dtype fp32 or bf16"),
             ([*text, "--max-error-backward", "-3"], r"max-error-backward is -3"),
             ([*text, "--max-error", "nan"], r"max_error.*nan"),
@@ -286,6 +292,72 @@ class Study(TrainTest):
             self.assertEqual(cells[2], f"({min(losses):.4f}-{max(losses):.4f})")
             share = 100 * (runs[i]["share"] + runs[i + 5]["share"]) / 2
             self.assertAlmostEqual(float(cells[0]), share, delta=0.051)
+
+
+class Gpu(TrainTest):
+    """--device cuda: on GPUs where there are some; how it is refused where there are none."""
+
+    def setUp(self):
+        super().setUp()
+        self.gpus = len([name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)])
+        _, output, _ = self.run_job(["--data", self.text, "--device", "cuda", "--steps", "0"])
+        self.built = "built without CUDA" not in output
+
+    def refused(self, args, ranks, text):
+        code, output, _ = self.run_job([*TINY, "--data", self.text, "--steps", "1", *args], ranks)
+        self.assertNotEqual(code, 0, output)
+        errors = [line for line in output.splitlines() if "[error]" in line]
+        self.assertEqual(len(errors), 1, output)
+        self.assertRegex(errors[0], text)
+
+    def test_without_cuda(self):
+        if self.built:
+            self.skipTest("this build has CUDA")
+        self.refused(["--device", "cuda"], 2, r"without CUDA\): rebuild with -DLSHMOE_CUDA=ON, or use "
+                     r"--device cpu")
+        self.refused(["--comm-backend", "nccl"], 1, r"without NCCL\): rebuild with -DLSHMOE_CUDA=ON")
+        self.refused(["--nvtx"], 1, r"without CUDA\): rebuild with -DLSHMOE_CUDA=ON, or use --trace")
+        self.train(["--device", "auto", "--steps", "1"])
+
+    def test_without_gpu(self):
+        if self.gpus or not self.built:
+            self.skipTest("there is a GPU, or this build has no CUDA")
+        no_gpu = r"no GPU for rank 0 on .* \(.+\): use --device cpu, or a machine with GPUs"
+        for args in (["--device", "cuda"], ["--comm-backend", "nccl"], ["--share-gpu"],
+                     ["--device", "cuda", "--share-gpu", "--comm-backend", "mpi"]):
+            for ranks in (1, 2):
+                with self.subTest(args=args, ranks=ranks):
+                    self.refused(args, ranks, no_gpu)
+        output = self.train(["--device", "auto", "--steps", "2", "--nvtx"], ranks=2)
+        self.assertIn("2 ranks, ep-size 2", output)
+
+    def test_too_few_gpus(self):
+        if not self.gpus or not self.built:
+            self.skipTest("no GPU (/dev/nvidia0), or this build has no CUDA")
+        self.refused(["--device", "cuda"], self.gpus + 1,
+                     rf" has {self.gpus} GPUs for its {self.gpus + 1} ranks .*--share-gpu")
+
+    def test_trains(self):
+        if not self.gpus or not self.built:
+            self.skipTest("no GPU (/dev/nvidia0), or this build has no CUDA")
+        jobs = [(1, ["--device", "cuda"]), (2, ["--device", "cuda", "--share-gpu"])]
+        if self.gpus > 1:
+            jobs.append((2, ["--device", "cuda", "--comm-backend", "nccl"]))
+        more = ["--steps", "30", "--eval-every", "0", "--compress", "lsh", "--codec-state", "learned"]
+        for ranks, args in jobs:
+            for dtype in ("fp32", "bf16"):
+                with self.subTest(ranks=ranks, args=args, dtype=dtype):
+                    runs = []
+                    for place in (["--device", "cpu"], args, args):
+                        self.train([*more, *place, "--dtype", dtype, "--metrics", self.path("g.jsonl")],
+                                   ranks, limit=120)
+                        runs.append(self.metrics("g.jsonl"))
+                    self.assertAlmostEqual(runs[0][0]["loss"], runs[1][0]["loss"], delta=0.02)
+                    self.assertAlmostEqual(runs[0][-1]["eval_loss"], runs[1][-1]["eval_loss"], delta=0.2)
+                    same = [[{k: line[k] for k in KEYS if not re.search("_ms|_s$", k)} for line in run]
+                            for run in runs[1:]]
+                    self.assertEqual(*same)
+                    self.assertLessEqual(max(line["max_error_ratio"] for line in runs[1]), 1.0)
 
 
 class Failures(TrainTest):
