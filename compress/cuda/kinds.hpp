@@ -15,8 +15,10 @@ namespace lshmoe::cuda {
 /// try a parcel that explains itself; groups that do explain themselves are planned by the GPU in
 /// sums of its own order (kernels/cuda/plan.hpp), so that their bytes may differ from the CPU's,
 /// not what they decode to. Parcels that explain themselves are decoded by the GPU once the host
-/// has read their shared part. Through the CPU's codec (StagedCodec) go transform=basis,
-/// restore=source, wider rows, and hashes whose keys of all groups do not fit 62 bits.
+/// has read their shared part. With a basis the products are cuBLAS's, in fp32: what is decoded may
+/// differ from the CPU's by rounding, for which the bound has room. Through the CPU's codec
+/// (StagedCodec) go restore=source, wider rows, and hashes whose keys of all groups do not fit 62
+/// bits.
 [[nodiscard]] std::shared_ptr<Codec> make_lsh_codec(const CodecOptions& options,
                                                     const CodecContext& context);
 

@@ -15,6 +15,7 @@
 #include "lshmoe/compress/lsh_codec.hpp"
 #include "lshmoe/compress/noise.hpp"
 #include "lshmoe/compress/state_coder.hpp"
+#include "lshmoe/kernels/cuda/basis.hpp"
 #include "lshmoe/kernels/cuda/lsh.hpp"
 #include "lshmoe/runtime/error.hpp"
 
@@ -26,7 +27,19 @@ struct DeviceState {
   std::uint32_t version = 0;
   std::int64_t centroids = 0;
   at::Tensor bases, order, place, mean_z, centroids_z, half_norms;
+  // With a basis: its bases are in the channels' own order, and there is no other.
+  at::Tensor to_coefficients, to_residual;
+  double stretch = 1;
+  [[nodiscard]] bool has_basis() const { return to_residual.defined(); }
 };
+
+/// The matrix as it was before it was packed: its products with unit vectors.
+at::Tensor unpacked(const kernels::PackedMatrix& matrix, at::Device device) {
+  const at::Tensor unit = at::eye(matrix.inner(), at::kFloat);
+  at::Tensor out = at::empty({matrix.inner(), matrix.columns()}, at::kFloat);
+  matrix.multiply(out.mutable_data_ptr<float>(), unit.const_data_ptr<float>(), matrix.inner());
+  return out.to(device);
+}
 
 template <class T>
 class LshCodec final : public StagedCodec {
@@ -45,9 +58,8 @@ class LshCodec final : public StagedCodec {
   [[nodiscard]] Encoded encode(const at::Tensor& x, const at::Tensor& row_index,
                                const std::vector<int64_t>& rows_per_group) const override {
     const auto states = learned_states();
-    const bool basis = states.current && states.current->basis.defined();
     const bool explains = !whole_ && !states.current;
-    if (!on_gpu_ || basis || (explains && !can_plan(options(), std::ssize(rows_per_group)))) {
+    if (!on_gpu_ || (explains && !can_plan(options(), std::ssize(rows_per_group)))) {
       return StagedCodec::encode(x, row_index, rows_per_group);
     }
     check_encode(context(), x, row_index, rows_per_group);
@@ -116,8 +128,13 @@ class LshCodec final : public StagedCodec {
     DeviceState made;
     made.version = state.version;
     made.centroids = state.centroids;
-    made.bases = upload(state.ordered_bases, device);
-    if (!state.order.empty()) {
+    const bool basis = state.basis.defined();
+    made.bases = upload(basis ? state.bases : state.ordered_bases, device);
+    if (basis) {
+      made.to_coefficients = unpacked(state.to_coefficients, device);
+      made.to_residual = unpacked(state.to_residual, device);
+      made.stretch = state.stretch;
+    } else if (!state.order.empty()) {
       std::vector<std::int32_t> place(state.order.size());
       for (std::size_t j = 0; j < place.size(); ++j) {
         place[static_cast<std::size_t>(state.order[j])] = static_cast<std::int32_t>(j);
@@ -154,10 +171,13 @@ class LshCodec final : public StagedCodec {
     return ids;
   }
 
-  // Ids are used by the groups (each coded alone) that a sample says save bytes.
+  static constexpr bool kToBfloat16 = sizeof(T) == 2;
+
+  // Ids are used by the groups (each coded alone) that a sample says save bytes. bound: of the
+  // rows, with a basis of their coefficients.
   void choose_ids(launchers::CodedGroup* groups, const std::vector<launchers::CodedGroup>& list,
-                  const launchers::RowsOf<T>& rows, const double* bound, const std::int32_t* ids,
-                  at::Device device) const {
+                  const launchers::RowsOf<T>& rows, const at::Tensor& bound,
+                  const std::int32_t* ids, const DeviceState& state, at::Device device) const {
     constexpr std::int64_t kSampleRows = 64;  // as StateCoder
     const launchers::Stream stream = current_stream(device);
     const at::Tensor bits =
@@ -165,20 +185,57 @@ class LshCodec final : public StagedCodec {
     for (std::size_t g = 0; g < list.size(); ++g) {
       const std::int64_t first = list[g].first, count = list[g].rows;
       const std::int64_t stride = std::max<std::int64_t>(1, count / kSampleRows);
-      launchers::RowsOf<T> part = rows;
-      part.rows = count;
-      if (rows.index != nullptr) {
-        part.index += first;
-      } else {
-        part.x += first * rows.hidden;
-      }
+      const std::int64_t samples = (count + stride - 1) / stride;
       auto* sums = as<std::int64_t>(bits) + 4 * g;
-      launchers::estimate_rows<T>(sums, part, stride, groups + g, bound + first, ids + first,
-                                  nullptr, stream);
-      launchers::estimate_rows<T>(sums + 2, part, stride, groups + g, bound + first, nullptr,
-                                  nullptr, stream);
-      launchers::choose_ids(groups + g, sums, sums + 2, (count + stride - 1) / stride, stream);
+      if (state.has_basis()) {
+        const at::Tensor some =
+            bound.view(at::kDouble).slice(0, first, first + count, stride).contiguous();
+        for (const auto* used : {ids, static_cast<const std::int32_t*>(nullptr)}) {
+          const at::Tensor coefficients =
+              coefficients_of(rows, first, samples, stride, nullptr, 0, used, state, device);
+          launchers::estimate_rows<float>(
+              used != nullptr ? sums : sums + 2,
+              {as<const float>(coefficients), nullptr, samples, samples, rows.hidden}, 1,
+              groups + g, as<const double>(some), nullptr, nullptr, sizeof(T), stream);
+        }
+      } else {
+        launchers::RowsOf<T> part = rows;
+        part.rows = count;
+        if (rows.index != nullptr) {
+          part.index += first;
+        } else {
+          part.x += first * rows.hidden;
+        }
+        const auto* bounds = as<const double>(bound) + first;
+        launchers::estimate_rows<T>(sums, part, stride, groups + g, bounds, ids + first, nullptr,
+                                    sizeof(T), stream);
+        launchers::estimate_rows<T>(sums + 2, part, stride, groups + g, bounds, nullptr, nullptr,
+                                    sizeof(T), stream);
+      }
+      launchers::choose_ids(groups + g, sums, sums + 2, samples, stream);
     }
+  }
+
+  // float [count, hidden]: what the rows first, first + stride, ... are in the basis.
+  at::Tensor coefficients_of(const launchers::RowsOf<T>& rows, std::int64_t first,
+                             std::int64_t count, std::int64_t stride,
+                             const launchers::CodedGroup* groups, std::int64_t group_count,
+                             const std::int32_t* ids, const DeviceState& state,
+                             at::Device device) const {
+    constexpr std::int64_t kChunk = 4096;
+    const std::int64_t hidden = rows.hidden;
+    at::Tensor out = at::empty({count, hidden}, at::dtype(at::kFloat).device(device));
+    const at::Tensor residual =
+        at::empty({std::min(kChunk, count), hidden}, at::dtype(at::kFloat).device(device));
+    for (std::int64_t i = 0; i < count; i += kChunk) {
+      const std::int64_t some = std::min(kChunk, count - i);
+      launchers::basis_residuals<T>(as<float>(residual), rows, first + i * stride, some, stride,
+                                    groups, group_count, as<const float>(state.bases), ids,
+                                    current_stream(device));
+      projection_.multiply(out.slice(0, i, i + some), residual, state.to_coefficients, some, hidden,
+                           hidden);
+    }
+    return out;
   }
 
   // state null: rows as they are, or in parcels that explain themselves.
@@ -224,6 +281,8 @@ class LshCodec final : public StagedCodec {
     at::Tensor bound, ids, coding_groups, records, payloads, payload_bytes, whole, error, offset;
     std::vector<launchers::CodedGroup> coding = groups.of_rows;
     std::optional<BatchPlan> plan;
+    at::Tensor coded_bound, coefficients;  // with a basis
+    double stretch = 1;
     if (!whole_) bound = room<double>(rows.rows, device);
     if (explains) {
       plan = plan_batch<T>(rows, groups, options(), projection_, dither_key_,
@@ -252,10 +311,21 @@ class LshCodec final : public StagedCodec {
       const auto coding_count = static_cast<std::int64_t>(coding.size());
       launchers::row_bounds(as<double>(bound), coding_data, coding_count, as<const double>(squared),
                             options().max_error(), by_group_, hidden, stream);
+      if (known.has_basis()) {
+        coded_bound = room<double>(rows.rows, device);
+        launchers::coefficient_bounds(as<double>(coded_bound), as<const double>(bound),
+                                      as<const double>(squared), known.stretch, kToBfloat16,
+                                      rows.rows, hidden, stream);
+      }
       if (known.centroids > 0) {
         ids = nearest(rows, known, device);
-        choose_ids(coding_data, coding, rows, as<const double>(bound), as<const std::int32_t>(ids),
-                   device);
+        choose_ids(coding_data, coding, rows, coded_bound.defined() ? coded_bound : bound,
+                   as<const std::int32_t>(ids), known, device);
+      }
+      if (known.has_basis()) {
+        coefficients = coefficients_of(rows, 0, rows.rows, 1, coding_data, coding_count,
+                                       as<const std::int32_t>(ids), known, device);
+        stretch = known.stretch;
       }
     }
     if (!whole_) {
@@ -273,9 +343,20 @@ class LshCodec final : public StagedCodec {
       coded.payload_bytes = as<std::int64_t>(payload_bytes);
       coded.whole = as<std::uint8_t>(whole);
       coded.error = as<double>(error);
-      launchers::encode_rows<T>(coded, rows, as<const launchers::CodedGroup>(coding_groups),
-                                static_cast<std::int64_t>(coding.size()), as<const double>(squared),
-                                as<const double>(bound), as<const std::int32_t>(ids), stream);
+      const auto* coding_data = as<const launchers::CodedGroup>(coding_groups);
+      const auto coding_count = static_cast<std::int64_t>(coding.size());
+      if (coefficients.defined()) {
+        launchers::encode_coefficients<T>(coded, rows, as<const float>(coefficients), coding_data,
+                                          coding_count, as<const double>(squared),
+                                          as<const double>(coded_bound),
+                                          as<const std::int32_t>(ids), stream);
+        launchers::coefficient_errors(as<double>(error), as<const double>(bound),
+                                      as<const double>(squared), as<const std::uint8_t>(whole),
+                                      stretch, kToBfloat16, rows.rows, hidden, stream);
+      } else {
+        launchers::encode_rows<T>(coded, rows, coding_data, coding_count, as<const double>(squared),
+                                  as<const double>(bound), as<const std::int32_t>(ids), stream);
+      }
     } else {
       coding_groups = stream_groups;
     }
@@ -385,6 +466,7 @@ class LshCodec final : public StagedCodec {
     if (state != nullptr) {
       header.centroids = total.id_bytes > 0 ? static_cast<std::uint32_t>(state->centroids) : 0;
       header.state_version = state->version;
+      if (state->basis.defined()) header.flags |= kBasis;
     } else {
       header.shared_bytes = static_cast<std::uint32_t>(shared);
       header.centroids = static_cast<std::uint32_t>(result->count);
@@ -417,8 +499,8 @@ class LshCodec final : public StagedCodec {
         return (header.flags & ~(kHasMean | kHasOrder | kGroupStep | kDither)) == 0;
       }
       const LearnedState* state = state_of(header, states);
-      return state != nullptr && !state->basis.defined() &&
-             (header.flags & ~(kGroupStep | kDither)) == 0 &&
+      return state != nullptr && (header.flags & ~(kGroupStep | kDither | kBasis)) == 0 &&
+             ((header.flags & kBasis) != 0) == state->basis.defined() &&
              (header.centroids == 0 || header.centroids == state->centroids);
     });
   }
@@ -463,7 +545,8 @@ class LshCodec final : public StagedCodec {
     std::vector<launchers::RawPlace> raw;
     const auto steps = read_steps(opened);
     const Bytes shared = read_shared(opened, device);
-    std::vector<DeviceState> alive;  // until the kernels are queued
+    std::vector<DeviceState> alive;  // until the kernels are queued; one for each of `coded`
+    bool any_basis = false;
     for (std::size_t i = 0; i < opened.parcels().size(); ++i) {
       const auto& one = opened.parcels()[i];
       if (one.header.flags == kAllWhole) {
@@ -486,6 +569,8 @@ class LshCodec final : public StagedCodec {
       group.order = as<const std::int32_t>(state.order);
       group.place = as<const std::int32_t>(state.place);
       group.bases = as<const float>(state.bases);
+      group.coefficients = state.has_basis();
+      any_basis |= state.has_basis();
       group.records = one.body;
       group.payloads = one.body + group.rows * static_cast<std::int64_t>(layout.record_bytes);
       group.end = one.body + one.header.body_bytes;
@@ -535,8 +620,28 @@ class LshCodec final : public StagedCodec {
       launchers::row_totals(as<launchers::RowTotals>(totals), as<std::int64_t>(offset), data, count,
                             data, count, nullptr, coded_rows, as<const std::int64_t>(payload_bytes),
                             nullptr, nullptr, nullptr, nullptr, stream);
-      launchers::decode_rows<T>(to, to_index, out_rows, as<std::int64_t>(bad), data, count,
-                                as<const std::int64_t>(offset), coded_rows, hidden, stream);
+      if (!any_basis) {
+        launchers::decode_rows<T>(to, to_index, out_rows, as<std::int64_t>(bad), data, count,
+                                  as<const std::int64_t>(offset), coded_rows, hidden, stream);
+      } else {
+        const auto floats = at::dtype(at::kFloat).device(device);
+        const at::Tensor values = at::zeros({coded_rows, hidden}, floats);
+        const at::Tensor residual = at::empty({coded_rows, hidden}, floats);
+        const at::Tensor base_id = room<std::int32_t>(coded_rows, device);
+        launchers::decode_coefficients<T>(to, as<float>(values), as<std::int32_t>(base_id),
+                                          to_index, out_rows, as<std::int64_t>(bad), data, count,
+                                          as<const std::int64_t>(offset), coded_rows, hidden,
+                                          stream);
+        for (std::size_t i = 0; i < coded.size(); ++i) {
+          if (!coded[i].coefficients) continue;
+          projection_.multiply(residual.narrow(0, coded[i].first, coded[i].rows),
+                               values.narrow(0, coded[i].first, coded[i].rows),
+                               alive[i].to_residual, coded[i].rows, hidden, hidden);
+        }
+        launchers::add_bases<T>(to, to_index, as<const float>(residual),
+                                as<const std::int32_t>(base_id), data, count, coded_rows, hidden,
+                                stream);
+      }
     }
     const at::Tensor bad_index = index.bad().defined() ? index.bad() : none_bad(1, device);
     const auto found = download<std::uint8_t>(

@@ -154,7 +154,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       const BitCounts found = estimate_row(
           row, row_at(rows, group.first + s * stride), group, bounds[group.first + s * stride],
           ids != nullptr ? ids[group.first + s * stride] : 0,
-          count_order != nullptr ? count_order + g * rows.hidden : nullptr);
+          count_order != nullptr ? count_order + g * rows.hidden : nullptr,
+          8 * rows.hidden * static_cast<std::int64_t>(sizeof(T)));
       if (threadIdx.x == 0) add_bits(bits + 2 * g, found);
     }
   }

@@ -33,21 +33,33 @@ void encode_rows(const CodedRows& out, const RowsOf<T>& rows, const CodedGroup* 
                  const std::int32_t* id, Stream stream) {
   with_lanes(rows.hidden, [&](auto threads) {
     using Row = BlockRow<T, threads()>;
-    launch("encode_rows", encode_rows_kernel<T, threads()>, grid_for(rows.rows, 1), threads(),
-           Row::shared_bytes(rows.hidden), stream, out, rows, groups, group_count, squared, bound,
-           id);
+    launch("encode_rows", encode_rows_kernel<T, threads(), false>, grid_for(rows.rows, 1),
+           threads(), Row::shared_bytes(rows.hidden), stream, out, rows,
+           static_cast<const float*>(nullptr), groups, group_count, squared, bound, id);
+  });
+}
+
+template <class T>
+void encode_coefficients(const CodedRows& out, const RowsOf<T>& rows, const float* coefficients,
+                         const CodedGroup* groups, std::int64_t group_count, const double* squared,
+                         const double* bound, const std::int32_t* id, Stream stream) {
+  with_lanes(rows.hidden, [&](auto threads) {
+    using Row = BlockRow<T, threads()>;
+    launch("encode_coefficients", encode_rows_kernel<T, threads(), true>, grid_for(rows.rows, 1),
+           threads(), Row::shared_bytes(rows.hidden), stream, out, rows, coefficients, groups,
+           group_count, squared, bound, id);
   });
 }
 
 template <class T>
 void estimate_rows(std::int64_t* bits, const RowsOf<T>& rows, std::int64_t stride,
                    const CodedGroup* group, const double* bound, const std::int32_t* id,
-                   const std::int32_t* count_order, Stream stream) {
+                   const std::int32_t* count_order, std::size_t element_bytes, Stream stream) {
   with_lanes(rows.hidden, [&](auto threads) {
     using Row = BlockRow<T, threads()>;
     launch("estimate_rows", estimate_rows_kernel<T, threads()>, grid_for(rows.rows, stride),
            threads(), Row::shared_bytes(rows.hidden), stream, bits, rows, stride, group, bound, id,
-           count_order);
+           count_order, 8 * rows.hidden * static_cast<std::int64_t>(element_bytes));
   });
 }
 
@@ -69,10 +81,19 @@ template <class T>
 void decode_rows(T* out, const std::int64_t* index, std::int64_t out_rows, std::int64_t* bad,
                  const CodedGroup* groups, std::int64_t group_count, const std::int64_t* offset,
                  std::int64_t rows, std::int64_t hidden, Stream stream) {
+  decode_coefficients<T>(out, nullptr, nullptr, index, out_rows, bad, groups, group_count, offset,
+                         rows, hidden, stream);
+}
+
+template <class T>
+void decode_coefficients(T* out, float* values, std::int32_t* base_id, const std::int64_t* index,
+                         std::int64_t out_rows, std::int64_t* bad, const CodedGroup* groups,
+                         std::int64_t group_count, const std::int64_t* offset, std::int64_t rows,
+                         std::int64_t hidden, Stream stream) {
   with_lanes(hidden, [&](auto threads) {
     launch("decode_rows", decode_rows_kernel<T, threads()>, grid_for(rows, 1), threads(),
            static_cast<std::size_t>(hidden) * sizeof(T), stream, out, index, out_rows, bad, groups,
-           group_count, offset, rows, hidden);
+           group_count, offset, rows, hidden, values, base_id);
   });
 }
 
@@ -82,11 +103,18 @@ void decode_rows(T* out, const std::int64_t* index, std::int64_t out_rows, std::
   template void encode_rows<T>(const CodedRows&, const RowsOf<T>&, const CodedGroup*,              \
                                std::int64_t, const double*, const double*, const std::int32_t*,    \
                                Stream);                                                            \
+  template void encode_coefficients<T>(const CodedRows&, const RowsOf<T>&, const float*,           \
+                                       const CodedGroup*, std::int64_t, const double*,             \
+                                       const double*, const std::int32_t*, Stream);                \
   template void estimate_rows<T>(std::int64_t*, const RowsOf<T>&, std::int64_t, const CodedGroup*, \
-                                 const double*, const std::int32_t*, const std::int32_t*, Stream); \
+                                 const double*, const std::int32_t*, const std::int32_t*,          \
+                                 std::size_t, Stream);                                             \
   template void decode_rows<T>(T*, const std::int64_t*, std::int64_t, std::int64_t*,               \
                                const CodedGroup*, std::int64_t, const std::int64_t*, std::int64_t, \
-                               std::int64_t, Stream);
+                               std::int64_t, Stream);                                              \
+  template void decode_coefficients<T>(                                                            \
+      T*, float*, std::int32_t*, const std::int64_t*, std::int64_t, std::int64_t*,                 \
+      const CodedGroup*, std::int64_t, const std::int64_t*, std::int64_t, std::int64_t, Stream);
 LSHMOE_INSTANTIATE(float)
 LSHMOE_INSTANTIATE(Bfloat16)
 #undef LSHMOE_INSTANTIATE

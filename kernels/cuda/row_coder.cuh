@@ -118,11 +118,20 @@ struct BlockRow {
     __syncthreads();
   }
 
-  /// The salt of the loaded row: equal rows get equal bytes.
-  __device__ void set_salt(const std::int32_t* place) {
+  /// Coefficients of a row: what is coded, less nothing.
+  __device__ void load_coefficients(const float* from) {
+    __syncthreads();  // the row before may still be read
+    for (std::int64_t j = threadIdx.x; j < bands * kBandValues; j += kThreads) {
+      r[j] = j < hidden ? from[j] : 0.0F;
+      if (j < hidden) x[j] = from[j];
+    }
+    __syncthreads();
+  }
+
+  /// The salt of a row: equal rows get equal bytes.
+  __device__ void set_salt(const T* from) {
     const auto natural = [&](std::uint64_t j) {
-      return std::uint64_t{
-          float_bits(x[place != nullptr ? place[j] : static_cast<std::int64_t>(j)])};
+      return std::uint64_t{float_bits(to_float(from[j]))};
     };
     const auto count = static_cast<std::uint64_t>(hidden);
     salt = checksum_by_four(
@@ -169,7 +178,8 @@ struct BlockRow {
     return search.found();
   }
   /// The error that the receiver sees; -1: a value is beyond what can be packed. all_zero: for q =
-  /// 0.
+  /// 0. Received: T, or float where values are coefficients.
+  template <class Received>
   __device__ double true_error(const float* base, float step, bool all_zero) const {
     const float inverse = 1.0F / step;
     bool beyond = false;
@@ -177,7 +187,7 @@ struct BlockRow {
       const std::int32_t q = all_zero ? 0 : quantised(j, inverse);
       beyond |= q > kMaxQuantised || q < -kMaxQuantised;
       const auto whole = static_cast<float>(q);
-      const float value = to_float(reconstruct<T>(
+      const float value = to_float(reconstruct<Received>(
           base != nullptr ? base[j] : 0.0F, steps.dithered() ? whole - offset(j) : whole, step));
       const double error = static_cast<double>(x[j]) - static_cast<double>(value);
       return error * error;
@@ -292,11 +302,13 @@ __device__ void write_record(std::uint8_t* record, const StepCode& steps, std::u
   }
 }
 
-template <class T, int kThreads>
+/// kCoefficients: what is coded is not the rows, but these; the rows are what travels whole.
+template <class T, int kThreads, bool kCoefficients>
 __global__ void __launch_bounds__(kThreads, 2)
-    encode_rows_kernel(CodedRows out, RowsOf<T> rows, const CodedGroup* groups,
-                       std::int64_t group_count, const double* squared, const double* bounds,
-                       const std::int32_t* ids) {
+    encode_rows_kernel(CodedRows out, RowsOf<T> rows, const float* coefficients,
+                       const CodedGroup* groups, std::int64_t group_count, const double* squared,
+                       const double* bounds, const std::int32_t* ids) {
+  using Received = std::conditional_t<kCoefficients, float, T>;
   BlockRow<T, kThreads> row(rows.hidden);
   const auto whole_bytes = rows.hidden * static_cast<std::int64_t>(sizeof(T));
   for (std::int64_t i = blockIdx.x; i < rows.rows; i += gridDim.x) {
@@ -304,7 +316,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     const StepCode steps(group.step, group.dithered, group.dither_key);
     const std::uint32_t id =
         group.id_bytes > 0 && ids != nullptr ? static_cast<std::uint32_t>(ids[i]) : 0;
-    const float* base = group.bases != nullptr ? group.bases + id * rows.hidden : nullptr;
+    const float* base =
+        !kCoefficients && group.bases != nullptr ? group.bases + id * rows.hidden : nullptr;
     const double bound = bounds[i], allowed = bound * (1 - 1e-12);
     std::uint8_t* record = out.records + i * out.record_stride;
     std::uint8_t* payload = out.payloads + i * out.payload_stride;
@@ -318,13 +331,17 @@ __global__ void __launch_bounds__(kThreads, 2)
       code = steps.zero_row();
       bytes = 0;
     } else {
-      row.load(row_at(rows, i), group, base);
-      if (steps.dithered()) row.set_salt(group.place);
+      if (kCoefficients) {
+        row.load_coefficients(coefficients + i * rows.hidden);
+      } else {
+        row.load(row_at(rows, i), group, base);
+      }
+      if (steps.dithered()) row.set_salt(row_at(rows, i));
       bool done = false;
       if (!steps.dithered() && row.residual_norm() <= bound) {
         // What the receiver has already is near enough: any step does.
         const std::uint16_t any = steps.bytes() == 1 ? std::uint16_t{0} : step_code(1.0F);
-        const double left = row.true_error(base, steps.value(any), true);
+        const double left = row.template true_error<Received>(base, steps.value(any), true);
         if (left <= allowed) {
           code = any;
           bytes = 0;
@@ -336,7 +353,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         std::uint16_t tried = bound > 0 ? steps.below(row.search_step(bound)) : steps.zero_row();
         for (int attempt = 0; attempt < 6 && steps.is_step(tried); ++attempt) {
           const float step = steps.value(tried);
-          const double left = row.true_error(base, step, false);
+          const double left = row.template true_error<Received>(base, step, false);
           if (left < 0) break;  // too large for any alphabet
           if (left <= allowed) {
             const std::int64_t size = (row.choose_alphabets(step) + 7) / 8;
@@ -370,12 +387,11 @@ struct BitCounts {
 template <class T, int kThreads>
 __device__ BitCounts estimate_row(BlockRow<T, kThreads>& row, const T* from,
                                   const CodedGroup& group, double bound, std::int64_t id,
-                                  const std::int32_t* count_order) {
+                                  const std::int32_t* count_order, std::int64_t whole_bits) {
   const StepCode steps(group.step, group.dithered, group.dither_key);
   row.steps = steps;  // all rows with salt 0
   row.load(from, group, group.bases != nullptr ? group.bases + id * row.hidden : nullptr);
   if (!steps.dithered() && row.residual_norm() <= bound) return {0, 0};
-  const auto whole_bits = 8 * row.hidden * static_cast<std::int64_t>(sizeof(T));
   const std::uint16_t code = bound > 0 ? steps.below(row.search_step(bound)) : steps.zero_row();
   if (!steps.is_step(code)) return {whole_bits, whole_bits};
   const float step = steps.value(code), inverse = 1.0F / step;
@@ -403,13 +419,13 @@ template <class T, int kThreads>
 __global__ void __launch_bounds__(kThreads, 2)
     estimate_rows_kernel(std::int64_t* bits, RowsOf<T> rows, std::int64_t stride,
                          const CodedGroup* groups, const double* bounds, const std::int32_t* ids,
-                         const std::int32_t* count_order) {
+                         const std::int32_t* count_order, std::int64_t whole_bits) {
   BlockRow<T, kThreads> row(rows.hidden);
   const CodedGroup group = *groups;
   for (std::int64_t s = blockIdx.x; s * stride < rows.rows; s += gridDim.x) {
     const std::int64_t i = s * stride;
     const BitCounts found = estimate_row(row, row_at(rows, i), group, bounds[i],
-                                         ids != nullptr ? ids[i] : 0, count_order);
+                                         ids != nullptr ? ids[i] : 0, count_order, whole_bits);
     if (threadIdx.x == 0) add_bits(bits, found);
   }
 }
@@ -493,7 +509,8 @@ template <class T, int kThreads>
 __global__ void __launch_bounds__(kThreads, 2)
     decode_rows_kernel(T* out, const std::int64_t* index, std::int64_t out_rows, std::int64_t* bad,
                        const CodedGroup* groups, std::int64_t group_count,
-                       const std::int64_t* offset, std::int64_t rows, std::int64_t hidden) {
+                       const std::int64_t* offset, std::int64_t rows, std::int64_t hidden,
+                       float* values, std::int32_t* base_id) {
   const std::int64_t bands = (hidden + kBandValues - 1) / kBandValues;
   const std::int64_t units = (hidden + kUnitValues - 1) / kUnitValues;
   T* natural = reinterpret_cast<T*>(dynamic_shared());  // [hidden]
@@ -501,8 +518,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     const CodedGroup group = groups[group_of(groups, group_count, i)];
     const RecordHead head = read_record(group, i, bands);
     const std::int64_t to = index != nullptr ? index[i] : i;
+    if (base_id != nullptr && threadIdx.x == 0) base_id[i] = -1;
     if (to < 0 || to >= out_rows || head.id > static_cast<std::uint32_t>(group.centroids)) continue;
     T* row = out + to * hidden;
+    float* own = group.coefficients ? values + i * hidden : nullptr;
     const std::uint8_t* payload = group.payloads + offset[i];
     if (head.step == head.steps.zero_row()) {
       for (std::int64_t j = threadIdx.x; j < hidden; j += kThreads) row[j] = T{};
@@ -521,7 +540,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       continue;
     }
     const float step = head.steps.value(head.step);
-    const float* base = group.bases != nullptr ? group.bases + head.id * hidden : nullptr;
+    const float* base =
+        own == nullptr && group.bases != nullptr ? group.bases + head.id * hidden : nullptr;
+    if (own != nullptr && threadIdx.x == 0) base_id[i] = static_cast<std::int32_t>(head.id);
     std::int32_t position = 0;
     bool valid = true;
     __syncthreads();  // the row before may still be read
@@ -560,11 +581,16 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (group.dithered) {
           level -= dither(group.dither_key, static_cast<std::uint32_t>(j), head.salt);
         }
-        natural[group.order != nullptr ? group.order[j] : j] =
-            reconstruct<T>(base != nullptr ? base[j] : 0.0F, level, step);
+        if (own != nullptr) {
+          own[j] = reconstruct<float>(0.0F, level, step);
+        } else {
+          natural[group.order != nullptr ? group.order[j] : j] =
+              reconstruct<T>(base != nullptr ? base[j] : 0.0F, level, step);
+        }
       }
     }
     if (!valid) report(bad, kBadNumber, i);
+    if (own != nullptr) continue;
     __syncthreads();
     for (std::int64_t j = threadIdx.x; j < hidden; j += kThreads) row[j] = natural[j];
   }

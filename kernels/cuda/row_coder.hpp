@@ -26,6 +26,7 @@ struct CodedGroup {
   const std::int32_t* order = nullptr;     ///< [hidden] channel of each place; null: as they are
   const std::int32_t* place = nullptr;     ///< [hidden] its inverse
   const float* bases = nullptr;            ///< [1 + centroids, hidden] coding order; null: zeros
+  bool coefficients = false;               ///< decode: rows are coefficients of a basis
   const std::uint8_t* records = nullptr;   ///< decode: the directory
   const std::uint8_t* payloads = nullptr;  ///< decode: behind it
   const std::uint8_t* end = nullptr;       ///< decode: of the payloads
@@ -71,14 +72,22 @@ void encode_rows(const CodedRows& out, const RowsOf<T>& rows, const CodedGroup* 
                  std::int64_t group_count, const double* squared, const double* bound,
                  const std::int32_t* id, Stream stream);
 
+/// The same for rows whose coefficients [rows, hidden] are coded, to bounds of theirs: error is
+/// what is lost of those. Groups' bases and orders are not used, and ids only named.
+template <class T>
+void encode_coefficients(const CodedRows& out, const RowsOf<T>& rows, const float* coefficients,
+                         const CodedGroup* groups, std::int64_t group_count, const double* squared,
+                         const double* bound, const std::int32_t* id, Stream stream);
+
 /// bits[0] += bits of the payloads that the rows 0, stride, 2 stride, ... would have with their
 /// ids; bits[1] += the same with the ids' group coded in the other order (see below). Exact integer
 /// sums. The rows' residuals are taken and quantised in the group's coding order (place), and then
-/// counted in that order and, where count_order is given, in count_order.
+/// counted in that order and, where count_order is given, in count_order. element_bytes: of a row
+/// that travels whole.
 template <class T>
 void estimate_rows(std::int64_t* bits, const RowsOf<T>& rows, std::int64_t stride,
                    const CodedGroup* group, const double* bound, const std::int32_t* id,
-                   const std::int32_t* count_order, Stream stream);
+                   const std::int32_t* count_order, std::size_t element_bytes, Stream stream);
 
 /// The group's ids are used only where they save bits: id_bytes = 0 unless with[0] + samples * 8 *
 /// id_bytes < without[0], bits of estimate_rows.
@@ -98,5 +107,12 @@ template <class T>
 void decode_rows(T* out, const std::int64_t* index, std::int64_t out_rows, std::int64_t* bad,
                  const CodedGroup* groups, std::int64_t group_count, const std::int64_t* offset,
                  std::int64_t rows, std::int64_t hidden, Stream stream);
+/// The same for groups of which some hold coefficients: their rows go to values [rows, hidden] and
+/// base_id [rows] is their centroid's id; -1: the row is done (whole, zero, of other groups).
+template <class T>
+void decode_coefficients(T* out, float* values, std::int32_t* base_id, const std::int64_t* index,
+                         std::int64_t out_rows, std::int64_t* bad, const CodedGroup* groups,
+                         std::int64_t group_count, const std::int64_t* offset, std::int64_t rows,
+                         std::int64_t hidden, Stream stream);
 
 }  // namespace lshmoe::kernels::cuda

@@ -157,6 +157,72 @@ struct CudaBatchChecks : CudaChecks {
                                    {most / 3, most - most / 3}));
   }
 
+  /// Rows in a learned basis. Its products are cuBLAS's on a GPU: then bytes and rows are the CPU's
+  /// but for rounding, for which the bound has room.
+  void basis() const {
+    for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+      for (const int64_t h : hidden) {
+        if (h > 512) continue;  // fitting takes the CPU minutes
+        const int64_t fit_rows = std::max<int64_t>(700, 4 * h);
+        const at::Tensor fit = clustered(fit_rows, h, 20, 0.3, 1).to(dtype);
+        for (const std::string reference : {"row", "group"}) {
+          for (const std::string rounding : {"nearest", "dithered"}) {
+            SCOPED_TRACE(reference + " " + rounding + " " + std::to_string(h) + " " +
+                         c10::toString(dtype));
+            const auto options = CodecOptions()
+                                     .state("learned")
+                                     .transform("basis")
+                                     .sample_rows(fit_rows)
+                                     .codebook_size(rounding == "nearest" ? 40 : 0)
+                                     .error_reference(reference)
+                                     .rounding(rounding)
+                                     .max_error(0.1);
+            const CodecContext context{h, 0, Direction::dispatch, dtype};
+            const at::Tensor x = clustered(80, h, 20, 0.3, 1).to(dtype);
+            with_basis(options, context, x, {}, {30, 0, 50}, fit);
+            with_basis(options, context, x, at::randperm(80, at::kLong).slice(0, 0, 65), {64, 1},
+                       fit);
+            with_basis(options, context, x.slice(0, 0, 0), {}, {0}, fit);
+            at::Tensor odd = make_rows("mixed", 40, h, 2);
+            odd.slice(0, 3, 9).zero_();
+            // The CPU may find that these explain themselves in less.
+            with_basis(options, context, odd.to(dtype), {}, {40}, fit, /*equal=*/false);
+          }
+        }
+      }
+    }
+    if (!same_bytes) return;
+    EXPECT_GT(2 * compared, with_state);  // or the test has lost its point
+    damage(CodecOptions().state("learned").transform("basis").sample_rows(700).codebook_size(40),
+           {100, 0, Direction::dispatch, at::kFloat}, clustered(9, 100, 20, 0.3, 1),
+           clustered(700, 100, 20, 0.3, 1));
+  }
+  void with_basis(const CodecOptions& options, const CodecContext& context, const at::Tensor& x,
+                  const at::Tensor& index, const std::vector<int64_t>& rows_per_group,
+                  const at::Tensor& fit, bool equal = true) const {
+    if (same_bytes && equal) both_ways(options, context, x, index, rows_per_group, fit);
+    CodecContext on_gpu = context;
+    on_gpu.device = device;
+    const auto cpu = make_codec(options, context), gpu = make(options, on_gpu);
+    cpu->observe(fit, {});
+    gpu->observe(there(fit), {});
+    ASSERT_TRUE(cpu->refresh(*make_self_communicator()));
+    ASSERT_TRUE(gpu->refresh(*make_self_communicator()));
+    const Encoded want = cpu->encode(x, index, rows_per_group);
+    const Encoded got =
+        gpu->encode(there(x), index.defined() ? there(index) : index, rows_per_group);
+    EXPECT_EQ(got.stats.staged_bytes, 0);
+    EXPECT_LE(got.stats.max_error_ratio, 1.0);
+    const at::Tensor rows = index.defined() ? x.index_select(0, index) : x;
+    for (const Encoded* from : {&want, &got}) {
+      for (const auto& codec : {cpu, gpu}) {
+        const at::Tensor bytes = codec == cpu ? from->bytes.cpu() : there(from->bytes);
+        const at::Tensor out = codec->decode(bytes, from->bytes_per_group).rows.cpu();
+        check_bound(options, rows, out, rows_per_group);
+      }
+    }
+  }
+
   /// Zeros, outliers, tiny, huge, equal rows: nothing breaks the bound.
   void batch_kinds() const {
     const int64_t h = hidden.back();

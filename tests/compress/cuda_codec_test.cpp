@@ -36,6 +36,7 @@ TEST_F(CudaCodec, BatchParcels) { checks_.batch_parcels(); }
 TEST_F(CudaCodec, BatchOptions) { checks_.batch_options(); }
 TEST_F(CudaCodec, BatchSizes) { checks_.batch_sizes(4097); }
 TEST_F(CudaCodec, BatchKinds) { checks_.batch_kinds(); }
+TEST_F(CudaCodec, Basis) { checks_.basis(); }
 TEST_F(CudaCodec, Staged) { checks_.staged(); }
 
 // A build without CUDA says so.

@@ -6,6 +6,7 @@
 // clang-format off: renames what follows.
 #include "tests/support/cuda_on_host.hpp"
 
+#include "kernels/cuda/basis.cu"
 #include "kernels/cuda/combine.cu"
 #include "kernels/cuda/formats.cu"
 #include "kernels/cuda/lsh.cu"
@@ -68,6 +69,7 @@ TEST_F(CudaOnHost, BatchParcels) { checks_.batch_parcels(); }
 TEST_F(CudaOnHost, BatchOptions) { checks_.batch_options(); }
 TEST_F(CudaOnHost, BatchSizes) { checks_.batch_sizes(4097); }
 TEST_F(CudaOnHost, BatchKinds) { checks_.batch_kinds(); }
+TEST_F(CudaOnHost, Basis) { checks_.basis(); }
 TEST_F(CudaOnHost, Staged) { checks_.staged(); }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 #include "tests/support/cuda_on_host.hpp"
 // clang-format off: after the above.
+#include "kernels/cuda/basis.cu"
 #include "kernels/cuda/combine.cu"
 #include "kernels/cuda/formats.cu"
 #include "kernels/cuda/lsh.cu"
@@ -335,7 +336,7 @@ TEST_F(Cuda, Estimates) {
     group.rows = count;
     group.bases = base.data();
     cuda::estimate_rows<float>(got, {x.data(), nullptr, count, count, hidden}, stride, &group,
-                               bound.data(), id.data(), order.data(), nullptr);
+                               bound.data(), id.data(), order.data(), sizeof(float), nullptr);
     EXPECT_EQ(got[0], want[0]);
     EXPECT_EQ(got[1], want[1]);
     EXPECT_NE(got[0], got[1]);
