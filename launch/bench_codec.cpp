@@ -17,6 +17,7 @@
 
 #include "lshmoe/comm/self/self.hpp"
 #include "lshmoe/compress/codec.hpp"
+#include "lshmoe/compress/cuda/stream_phases.hpp"
 #include "lshmoe/compress/phases.hpp"
 #include "lshmoe/kernels/cuda/grid.hpp"
 #include "lshmoe/launch/bench_formats.hpp"
@@ -78,13 +79,17 @@ struct Case {
 /// Medians, phase by phase; those that took no time left out.
 using Phases = std::vector<std::pair<Phase, PhaseCost>>;
 
+/// Medians of a GPU's stream, phase by phase, in seconds.
+using StreamCosts = std::vector<std::pair<string, double>>;
+
 struct Result {
   int64_t bytes = 0, clusters = 0, state_bytes = 0, staged_bytes = 0;
   double mean_error = 0, p99_error = 0, max_error_seen = 0;
   // Of all rows; not known for what only makes a round trip.
   std::optional<double> encode_seconds, decode_seconds;
-  Phases encode_phases, decode_phases;  // with --phases
-  double product_seconds = 0;           // of the basis products of all rows, alone
+  Phases encode_phases, decode_phases;       // with --phases, on the CPU
+  StreamCosts encode_stream, decode_stream;  // with --phases, on a GPU
+  double product_seconds = 0;                // of the basis products of all rows, alone
 };
 
 /// The rows measured and those a state is fitted to.
@@ -274,6 +279,22 @@ Phases measure_phases(int64_t repeat, Part part) {
   return phases;
 }
 
+/// The same on a GPU's stream.
+template <class Part>
+StreamCosts measure_stream(int64_t repeat, at::Device device, Part part) {
+  StreamCosts costs;
+  std::vector<std::vector<double>> seconds;
+  for (int64_t i = 0; i < repeat; ++i) {
+    cuda::StreamPhases phases(device);
+    part();
+    costs = phases.seconds();
+    seconds.resize(costs.size());
+    for (std::size_t p = 0; p < costs.size(); ++p) seconds[p].push_back(costs[p].second);
+  }
+  for (std::size_t p = 0; p < costs.size(); ++p) costs[p].second = median(seconds[p]);
+  return costs;
+}
+
 /// Seconds that torch's BLAS takes for rows times a square matrix, group by group, there and back.
 double time_products(const Rows& rows, int64_t repeat) {
   const int64_t hidden = rows.x.size(1);
@@ -321,7 +342,13 @@ Result measure_codec(const Case& c, const Rows& rows, int64_t repeat, bool phase
   result.staged_bytes = encoded.stats.staged_bytes;
   result.encode_seconds = median(encode_seconds);
   result.decode_seconds = median(decode_seconds);
-  if (phases) {
+  if (phases && !context.device.is_cpu()) {
+    result.encode_stream = measure_stream(repeat, context.device,
+                                          [&] { encoded = codec->encode(rows.x, rows.groups); });
+    result.decode_stream = measure_stream(repeat, context.device, [&] {
+      decoded = codec->decode(encoded.bytes, encoded.bytes_per_group);
+    });
+  } else if (phases) {
     result.encode_phases =
         measure_phases(repeat, [&] { encoded = codec->encode(rows.x, rows.groups); });
     result.decode_phases = measure_phases(
@@ -517,6 +544,25 @@ nlohmann::ordered_json report_phases(const Result& result, const Rows& rows, dou
   return json;
 }
 
+/// The same of a GPU's stream.
+nlohmann::ordered_json report_stream(const Result& result, const Rows& rows) {
+  nlohmann::ordered_json json;
+  const double raw = static_cast<double>(rows.x.nbytes());
+  std::printf("    %-7s %-20s %9s %6s %9s\n", "", "phase", "ms", "share", "GB/s");
+  const auto table = [&](const char* name, const StreamCosts& costs) {
+    double sum = 0;
+    for (const auto& one : costs) sum += one.second;
+    for (const auto& [phase, seconds] : costs) {
+      json[name][phase]["ms"] = 1e3 * seconds;
+      std::printf("    %-7s %-20s %9.3f %5.1f%% %9.1f\n", name, phase.c_str(), 1e3 * seconds,
+                  sum > 0 ? 100 * seconds / sum : 0, seconds > 0 ? 1e-9 * raw / seconds : 0);
+    }
+  };
+  table("encode", result.encode_stream);
+  table("decode", result.decode_stream);
+  return json;
+}
+
 template <class T>
 po::typed_value<std::vector<T>>* list(std::vector<T>& variable, const std::vector<T>& defaults,
                                       const string& text) {
@@ -568,7 +614,7 @@ void add_options(OptionParser& parser, BenchOptions& o) {
       "plot", po::value(&o.plot)->value_name("FILE.svg"),
       "a picture: bits per element against mean relative error")(
       "phases", po::bool_switch(&o.phases),
-      "where the time goes: what each phase reads and writes, beside memcpy and BLAS");
+      "where the time goes, phase by phase; on the CPU beside memcpy and BLAS");
 }
 
 void check(BenchOptions& o) {
@@ -585,7 +631,6 @@ void check(BenchOptions& o) {
                   "': use --device cpu or cuda");
   LSHMOE_VALIDATE(o.device == "cpu" || at::getNumGPUs() > 0,
                   "--device cuda, but no GPU was found: use --device cpu");
-  LSHMOE_VALIDATE(o.device == "cpu" || !o.phases, "--phases is for --device cpu");
   LSHMOE_VALIDATE(o.num_sms >= 0 && (o.num_sms == 0 || o.device == "cuda"), "--num-sms ", o.num_sms,
                   " is for --device cuda: give 1 or more there, or leave it out");
   if (o.num_sms > 0) kernels::cuda::set_grid_limit(8 * o.num_sms);
@@ -639,6 +684,7 @@ void bench_codec(int argc, const char* const* argv) {
     if (!result.encode_phases.empty()) {
       line.json["phases"] = report_phases(result, rows, bandwidth);
     }
+    if (!result.encode_stream.empty()) line.json["phases"] = report_stream(result, rows);
     json += line.json.dump() + "\n";
     const string name = c.name();
     auto at = std::find_if(series.begin(), series.end(),

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 
+#include "lshmoe/compress/cuda/stream_phases.hpp"
 #include "lshmoe/compress/row_coder.hpp"
 
 namespace lshmoe::cuda {
@@ -140,6 +141,7 @@ class Planner {
     PlanRows& plan = plan_.rows;
     const launchers::RowsOf<float> means{mean, nullptr, plan.group_count, plan.group_count,
                                          hidden_};
+    mark_phase("project");
     const at::Tensor z = projection(rows, device_), centre = projection(means, device_);
     plan_.kept.push_back(z);
     plan_.kept.push_back(centre);
@@ -150,6 +152,7 @@ class Planner {
     launchers::centre_rows(plan, as<const float>(centre), squared, bound, mean_squared,
                            make<double>(2 * plan.chunks), stream_);
 
+    mark_phase("sort");
     key_ = make<std::uint64_t>(plan.rows);
     sorted_ = make<std::uint64_t>(plan.rows);
     order_ = make<std::int64_t>(plan.rows);
@@ -172,6 +175,7 @@ class Planner {
 
     auto* mean_z = make<float>(plan.slots * plan.columns);
     auto* half_norm = make<float>(plan.slots);
+    mark_phase("nearest");
     launchers::z_means(mean_z, half_norm, by_bucket, begin_, end_, plan, stream_);
     int levels = 1;
     while (levels < launchers::kMostLevels && most_ >> levels >= 4) ++levels;
@@ -186,6 +190,7 @@ class Planner {
     launchers::choose_level(plan, part, level_ids, levels, kCentroidBits, hidden_,
                             options_.refine() == 0, by_bucket, begin_, end_, stream_);
 
+    mark_phase("clusters");
     auto* number = make<std::int32_t>(plan.slots);
     auto* keep = make<std::uint8_t>(plan.slots);
     for (std::int64_t pass = 0; pass < options_.refine(); ++pass) {
@@ -257,6 +262,7 @@ BatchPlan plan_batch(const launchers::RowsOf<T>& rows, const Groups& groups,
   const int class_bits = std::bit_width(static_cast<std::uint64_t>(layout.bands - 1));
   plan.order_bytes = has_order ? (hidden * class_bits + 7) / 8 : 0;
 
+  mark_phase("means");
   auto* mean = planner.make<float>(count * hidden);
   launchers::group_means<T>(mean, planner.make<float>(plan.rows.chunks * hidden), plan.rows, rows,
                             stream);
@@ -301,6 +307,7 @@ BatchPlan plan_batch(const launchers::RowsOf<T>& rows, const Groups& groups,
   const auto make_order = [&](launchers::Variant variant, std::int64_t from,
                               const std::int32_t* ids) {
     if (!has_order) return;
+    mark_phase("channel order");
     launchers::channel_energy<T>(energy, rows, variants + from * count, count, bound, ids, stream);
     launchers::order_channels(orders + variant * count * hidden, places + variant * count * hidden,
                               energy, count, hidden, stream);
@@ -314,6 +321,7 @@ BatchPlan plan_batch(const launchers::RowsOf<T>& rows, const Groups& groups,
   auto* results = as<PlanResult>(plan.results);
   const auto estimate = [&](launchers::Variant variant, bool again) {
     const bool clusters = variant == launchers::kClusters;
+    mark_phase("estimate");
     launchers::estimate_groups<T>(
         (again ? more_bits : bits) + variant * count * 2, rows, again ? launchers::kEnergyRows : 0,
         variants + variant * count, count, bound, clusters ? plan.rows.id : nullptr,
@@ -326,10 +334,12 @@ BatchPlan plan_batch(const launchers::RowsOf<T>& rows, const Groups& groups,
 
   if (slots > 0) {
     planner.find_clusters(rows, projection, mean, mean_squared, squared, bound);
+    mark_phase("means");
     launchers::centroid_means<T>(bases, decoded_mean, rows, planner.order(), planner.begin(),
                                  planner.end(), plan.rows, stream);
     // The order of the residuals from the means themselves; the coded centroids change it little.
     make_order(launchers::kClusters, kUncoded, plan.rows.id);
+    mark_phase("centroids");
     auto* residuals = planner.make<float>(slots * hidden);
     launchers::centroid_rows(residuals, bases, order_of(launchers::kClusters), plan.rows, hidden,
                              stream);

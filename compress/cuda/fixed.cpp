@@ -4,6 +4,7 @@
 
 #include "lshmoe/compress/cpu_codec.hpp"
 #include "lshmoe/compress/cuda/kinds.hpp"
+#include "lshmoe/compress/cuda/stream_phases.hpp"
 #include "lshmoe/compress/cuda/support.hpp"
 #include "lshmoe/compress/noise.hpp"
 #include "lshmoe/runtime/error.hpp"
@@ -65,6 +66,7 @@ class FixedCodec final : public Codec {
     stats.sent_bytes = assembly.bytes();
     if (rows.rows == 0) return encoded;
 
+    mark_phase("assemble");
     // Headers alone where the rows are coded.
     launchers::RowsOf<T> copied = rows;
     if (coded_ || rounds_) copied.rows = 0;
@@ -72,19 +74,23 @@ class FixedCodec final : public Codec {
                            assembly.heads(), {}, copied, nullptr, nullptr, stream);
     if (!coded_ && !rounds_) {
       stats.whole_rows = rows.rows;
+      mark_phase("checksum");
       assembly.seal();
       if (index.bad().defined()) index.check(download<std::int64_t>(index.bad())[0]);
       return encoded;
     }
     const at::Tensor squared = room<double>(rows.rows, device);
     const at::Tensor error = room<double>(rows.rows, device);
+    mark_phase("code");
     code(as<std::uint8_t>(encoded.bytes), assembly, squared, error, rows, stream);
+    mark_phase("sizes");
     const at::Tensor on_device = upload(groups.of_rows, device);
     const at::Tensor totals = room<launchers::RowTotals>(assembly.count(), device);
     launchers::row_totals(
         as<launchers::RowTotals>(totals), nullptr, as<const launchers::CodedGroup>(on_device),
         assembly.count(), as<const launchers::CodedGroup>(on_device), 1, nullptr, rows.rows,
         nullptr, nullptr, as<const double>(squared), nullptr, as<const double>(error), stream);
+    mark_phase("checksum");
     assembly.seal();
     if (index.bad().defined()) index.check(download<std::int64_t>(index.bad())[0]);
     double relative_sum = 0;
@@ -164,6 +170,7 @@ class FixedCodec final : public Codec {
     const at::Tensor places = upload(list, device), bad = none_bad(1, device);
     const auto* place = as<const launchers::RawPlace>(places);
     const auto count = static_cast<std::int64_t>(list.size());
+    mark_phase("unpack and restore");
     T* to = as<T>(out);
     const std::int64_t rows = opened.rows(), hidden = out.size(1), out_rows = out.size(0);
     if (!coded_ && !rounds_) {
@@ -180,6 +187,7 @@ class FixedCodec final : public Codec {
                                     place, count, rows, hidden, stream);
       }
     }
+    mark_phase("checks");
     const at::Tensor bad_index = index.bad().defined() ? index.bad() : none_bad(1, device);
     const auto found = download<std::uint32_t>(
         at::cat({bad.view(at::kByte), bad_index.view(at::kByte), opened.sums()}));

@@ -20,6 +20,7 @@
 #include "compress/cuda/fixed.cpp"
 #include "compress/cuda/lsh.cpp"
 #include "compress/cuda/projection.cpp"
+#include "compress/cuda/stream_phases.cpp"
 #include "compress/cuda/support.cpp"
 // clang-format on
 
@@ -70,6 +71,50 @@ TEST_F(CudaOnHost, BatchOptions) { checks_.batch_options(); }
 TEST_F(CudaOnHost, BatchSizes) { checks_.batch_sizes(4097); }
 TEST_F(CudaOnHost, BatchKinds) { checks_.batch_kinds(); }
 TEST_F(CudaOnHost, Basis) { checks_.basis(); }
+TEST_F(CudaOnHost, PhasesAddUp) {
+  const CodecContext context{64, 0, Direction::dispatch, at::kFloat};
+  const auto codec = cuda::make_codec(resolved(CodecOptions(), context.direction), context);
+  const at::Tensor x = testing::clustered(200, 64, 4, 0.1, 1);
+  const auto names = [](cuda::StreamPhases& phases, double most) {
+    std::vector<std::string> names;
+    double sum = 0;
+    for (const auto& [name, seconds] : phases.seconds()) {
+      names.push_back(name);
+      EXPECT_GE(seconds, 0) << name;
+      sum += seconds;
+    }
+    EXPECT_GT(sum, 0);
+    EXPECT_LE(sum, most);
+    return names;
+  };
+  using Clock = std::chrono::steady_clock;
+  const auto since = [](Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
+  };
+  Encoded encoded;
+  {
+    const auto start = Clock::now();
+    cuda::StreamPhases phases{at::kCPU};
+    encoded = codec->encode(x, {200});
+    const auto found = names(phases, since(start) + 1);
+    const std::vector<std::string> want{
+        "norms",    "means",     "channel order", "estimate", "project",  "sort",     "nearest",
+        "clusters", "centroids", "code",          "sizes",    "assemble", "checksum", "rest"};
+    EXPECT_EQ(found, want);
+  }
+  {
+    cuda::StreamPhases phases{at::kCPU};
+    static_cast<void>(codec->decode(encoded.bytes, encoded.bytes_per_group));
+    std::vector<std::string> found;
+    for (const auto& one : phases.seconds()) found.push_back(one.first);
+    const std::vector<std::string> want{"headers", "checksum",           "shared part",
+                                        "sizes",   "unpack and restore", "checks"};
+    EXPECT_EQ(found, want);
+  }
+  // Nothing is recorded without one.
+  static_cast<void>(codec->encode(x, {200}));
+  EXPECT_TRUE(cuda::StreamPhases{at::kCPU}.seconds().empty());
+}
 TEST_F(CudaOnHost, Staged) { checks_.staged(); }
 
 }  // namespace

@@ -28,9 +28,9 @@ TAIL = 6000
 CODEC = "codec --device cuda --dtype bf16 --repeat 15 --json {json} "
 BENCHMARKS = [
     ("bench/codec", CODEC + "--synthetic-rows 12288 --hidden-size 4096 --fit-rows 4096 "
-     "--kind bf16 fp8 int8 int4 lsh --state batch learned --max-error 0.1 0.2", 100),
+     "--kind bf16 fp8 int8 int4 lsh --state batch learned --max-error 0.1 0.2 --phases", 100),
     ("bench/codec_basis", CODEC + "--synthetic-rows 16384 --hidden-size 1024 --fit-rows 8192 "
-     "--kind lsh --state learned --transform channels basis", 80),
+     "--kind lsh --state learned --transform channels basis --phases", 80),
 ] + [
     (f"bench/codec_{sms}_sms", CODEC + "--synthetic-rows 12288 --hidden-size 4096 "
      f"--fit-rows 4096 --kind fp8 lsh --state learned --num-sms {sms}", 40)
