@@ -10,6 +10,7 @@
 #include "lshmoe/compress/cuda/batch.hpp"
 #include "lshmoe/compress/cuda/kinds.hpp"
 #include "lshmoe/compress/cuda/projection.hpp"
+#include "lshmoe/compress/cuda/stream_phases.hpp"
 #include "lshmoe/compress/cuda/support.hpp"
 #include "lshmoe/compress/learned_state.hpp"
 #include "lshmoe/compress/lsh_codec.hpp"
@@ -162,7 +163,9 @@ class LshCodec final : public StagedCodec {
                      at::Device device) const {
     const std::int64_t columns = options().projection();
     const launchers::Stream stream = current_stream(device);
+    mark_phase("project");
     const at::Tensor z = projection_(rows, device);
+    mark_phase("nearest");
     at::Tensor ids = room<std::int32_t>(rows.rows, device);
     launchers::nearest_centroid(as<std::int32_t>(ids), as<const float>(z),
                                 as<const float>(state.mean_z), as<const float>(state.centroids_z),
@@ -179,6 +182,7 @@ class LshCodec final : public StagedCodec {
                   const launchers::RowsOf<T>& rows, const at::Tensor& bound,
                   const std::int32_t* ids, const DeviceState& state, at::Device device) const {
     constexpr std::int64_t kSampleRows = 64;  // as StateCoder
+    mark_phase("estimate");
     const launchers::Stream stream = current_stream(device);
     const at::Tensor bits =
         at::zeros({static_cast<std::int64_t>(list.size()), 4}, at::dtype(at::kLong).device(device));
@@ -273,6 +277,7 @@ class LshCodec final : public StagedCodec {
       rows.rows = tokens;
     }
     const at::Tensor squared = room<double>(rows.rows, device);
+    mark_phase("norms");
     launchers::squared_norms<T>(as<double>(squared), rows, stream);
     const at::Tensor stream_groups = upload(groups.of_rows, device);
     const auto* of_rows = as<const launchers::CodedGroup>(stream_groups);
@@ -302,7 +307,8 @@ class LshCodec final : public StagedCodec {
         group.dither_key = dither_key_.value_or(0);
         group.order = as<const std::int32_t>(known.order);
         group.place = as<const std::int32_t>(known.place);
-        group.bases = as<const float>(known.bases);
+        // Coefficients are coded as they are.
+        group.bases = known.has_basis() ? nullptr : as<const float>(known.bases);
         group.centroids = static_cast<std::int32_t>(known.centroids);
         group.id_bytes = static_cast<std::int32_t>(centroid_id_bytes(known.centroids));
       }
@@ -323,6 +329,7 @@ class LshCodec final : public StagedCodec {
                    as<const std::int32_t>(ids), known, device);
       }
       if (known.has_basis()) {
+        mark_phase("product");
         coefficients = coefficients_of(rows, 0, rows.rows, 1, coding_data, coding_count,
                                        as<const std::int32_t>(ids), known, device);
         stretch = known.stretch;
@@ -345,6 +352,7 @@ class LshCodec final : public StagedCodec {
       coded.error = as<double>(error);
       const auto* coding_data = as<const launchers::CodedGroup>(coding_groups);
       const auto coding_count = static_cast<std::int64_t>(coding.size());
+      mark_phase("code");  // residual, step search, bands and packing: one kernel
       if (coefficients.defined()) {
         launchers::encode_coefficients<T>(coded, rows, as<const float>(coefficients), coding_data,
                                           coding_count, as<const double>(squared),
@@ -361,6 +369,7 @@ class LshCodec final : public StagedCodec {
       coding_groups = stream_groups;
     }
     const at::Tensor totals = room<launchers::RowTotals>(group_count, device);
+    mark_phase("sizes");
     launchers::row_totals(
         as<launchers::RowTotals>(totals), as<std::int64_t>(offset), of_rows, group_count,
         as<const launchers::CodedGroup>(coding_groups), static_cast<std::int64_t>(coding.size()),
@@ -399,6 +408,7 @@ class LshCodec final : public StagedCodec {
         used_slots.push_back(plan->groups[i].slot + k);
       }
     }
+    mark_phase("assemble");
     assembly.allocate(device);
     encoded.bytes = assembly.out();
     launchers::assemble<T>(as<std::uint8_t>(encoded.bytes), assembly.places(), group_count,
@@ -411,7 +421,9 @@ class LshCodec final : public StagedCodec {
           std::ssize(shared_places), as<const launchers::PlanResult>(plan->results), plan->rows,
           plan->means, plan->centroids, plan->place, plan->record_bytes, hidden, stream);
     }
+    mark_phase("checksum");
     assembly.seal();
+    mark_phase("rest");
     if (!used_slots.empty()) {
       const at::Tensor before = upload(centroids_before, device);
       launchers::assignments(as<std::int64_t>(encoded.assignment), plan->rows.id, plan->rows,
@@ -543,6 +555,7 @@ class LshCodec final : public StagedCodec {
     std::vector<launchers::CodedGroup> coded;
     std::vector<std::int64_t> body;  // bytes of payloads of each
     std::vector<launchers::RawPlace> raw;
+    mark_phase("shared part");
     const auto steps = read_steps(opened);
     const Bytes shared = read_shared(opened, device);
     std::vector<DeviceState> alive;  // until the kernels are queued; one for each of `coded`
@@ -615,11 +628,13 @@ class LshCodec final : public StagedCodec {
       }
       payload_bytes = room<std::int64_t>(coded_rows, device);
       offset = room<std::int64_t>(coded_rows, device);
+      mark_phase("sizes");
       launchers::record_sizes(as<std::int64_t>(payload_bytes), as<std::int64_t>(bad), data, count,
                               coded_rows, hidden, sizeof(T), stream);
       launchers::row_totals(as<launchers::RowTotals>(totals), as<std::int64_t>(offset), data, count,
                             data, count, nullptr, coded_rows, as<const std::int64_t>(payload_bytes),
                             nullptr, nullptr, nullptr, nullptr, stream);
+      mark_phase("unpack and restore");
       if (!any_basis) {
         launchers::decode_rows<T>(to, to_index, out_rows, as<std::int64_t>(bad), data, count,
                                   as<const std::int64_t>(offset), coded_rows, hidden, stream);
@@ -632,17 +647,20 @@ class LshCodec final : public StagedCodec {
                                           to_index, out_rows, as<std::int64_t>(bad), data, count,
                                           as<const std::int64_t>(offset), coded_rows, hidden,
                                           stream);
+        mark_phase("product");
         for (std::size_t i = 0; i < coded.size(); ++i) {
           if (!coded[i].coefficients) continue;
           projection_.multiply(residual.narrow(0, coded[i].first, coded[i].rows),
                                values.narrow(0, coded[i].first, coded[i].rows),
                                alive[i].to_residual, coded[i].rows, hidden, hidden);
         }
+        mark_phase("add bases");
         launchers::add_bases<T>(to, to_index, as<const float>(residual),
                                 as<const std::int32_t>(base_id), data, count, coded_rows, hidden,
                                 stream);
       }
     }
+    mark_phase("checks");
     const at::Tensor bad_index = index.bad().defined() ? index.bad() : none_bad(1, device);
     const auto found = download<std::uint8_t>(
         at::cat({bad.view(at::kByte), bad_index.view(at::kByte), totals, opened.sums()}));

@@ -4,15 +4,18 @@
 #include <cstring>
 
 #include "lshmoe/compress/cpu_codec.hpp"
+#include "lshmoe/compress/cuda/stream_phases.hpp"
 #include "lshmoe/kernels/checksum.hpp"
 #include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe::cuda {
 
 at::Tensor upload_bytes(const void* data, std::size_t bytes, at::Device device) {
-  at::Tensor host = at::empty({static_cast<std::int64_t>(bytes)}, at::kByte);
+  // From pinned memory, or torch would wait for the stream.
+  at::Tensor host = at::empty({static_cast<std::int64_t>(bytes)},
+                              at::dtype(at::kByte).pinned_memory(device.is_cuda()));
   if (bytes > 0) std::memcpy(host.mutable_data_ptr(), data, bytes);
-  return host.to(device);
+  return host.to(device, at::kByte, /*non_blocking=*/true);
 }
 
 at::Tensor none_bad(std::int64_t count, at::Device device) {
@@ -25,7 +28,10 @@ RowIndex::RowIndex(const at::Tensor& row_index, std::int64_t rows, at::Device de
   if (!row_index.defined()) return;
   count_ = row_index.numel();
   if (row_index.is_cpu()) check_index_values(row_index, rows, what);
-  index_ = row_index.to(device);
+  index_ =
+      row_index.is_cpu()
+          ? upload_bytes(row_index.const_data_ptr(), row_index.nbytes(), device).view(at::kLong)
+          : row_index;
   if (row_index.is_cpu() || count_ == 0) return;
   LSHMOE_VALIDATE(rows > 0, what, ": row_index names rows, but there are none");
   bad_ = none_bad(1, device);
@@ -138,9 +144,10 @@ Opened::Opened(const at::Tensor& bytes, const std::vector<int64_t>& bytes_per_gr
       place.push_back(at + std::min(i, bytes_per_group[g] - 1));
     }
   }
+  mark_phase("headers");
   sums_ = room<std::uint32_t>(static_cast<std::int64_t>(parcels_.size()), device);
   if (parcels_.empty()) return;
-  const at::Tensor index = at::tensor(place, at::kLong).to(device);
+  const at::Tensor index = upload(place, device).view(at::kLong);
   heads_ = download<std::uint8_t>(bytes.index_select(0, index));
   std::vector<Summed> summed;
   const auto* data = static_cast<const std::uint8_t*>(bytes.const_data_ptr());
@@ -157,6 +164,7 @@ Opened::Opened(const at::Tensor& bytes, const std::vector<int64_t>& bytes_per_gr
     summed.push_back({one.shared, size - kHead, kernels::checksum(head, kChecksumOffset),
                       as<std::uint8_t>(sums_) + 4 * i});
   }
+  mark_phase("checksum");
   block_checksums(std::move(summed), device);
 }
 

@@ -35,7 +35,7 @@ function(lshmoe_add_folder name)
     target_include_directories(lshmoe_${name}_cuda PRIVATE "${PROJECT_BINARY_DIR}/include")
     target_compile_options(lshmoe_${name}_cuda PRIVATE
       # Bits equal to the CPU's: nothing fused, divisions and roots as IEEE 754 says (the default).
-      -fmad=false --Werror=all-warnings -Xcompiler=-fPIC,-Wall,-Wextra,-ffp-contract=off
+      -fmad=false --Werror=all-warnings -Xcompiler=-fPIC,-Wall,-Wextra,-ffp-contract=off$<$<BOOL:${LSHMOE_WERROR}>:,-Werror>
       --expt-relaxed-constexpr)
     set_target_properties(lshmoe_${name}_cuda PROPERTIES
       CUDA_ARCHITECTURES "80-real;90-real;90-virtual" CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON)

@@ -164,7 +164,8 @@ struct CudaBatchChecks : CudaChecks {
       for (const int64_t h : hidden) {
         if (h > 512) continue;  // fitting takes the CPU minutes
         const int64_t fit_rows = std::max<int64_t>(700, 4 * h);
-        const at::Tensor fit = clustered(fit_rows, h, 20, 0.3, 1).to(dtype);
+        // Off the origin, so that the mean matters.
+        const at::Tensor fit = (clustered(fit_rows, h, 20, 0.3, 1) + 1.5).to(dtype);
         for (const std::string reference : {"row", "group"}) {
           for (const std::string rounding : {"nearest", "dithered"}) {
             SCOPED_TRACE(reference + " " + rounding + " " + std::to_string(h) + " " +
@@ -178,7 +179,7 @@ struct CudaBatchChecks : CudaChecks {
                                      .rounding(rounding)
                                      .max_error(0.1);
             const CodecContext context{h, 0, Direction::dispatch, dtype};
-            const at::Tensor x = clustered(80, h, 20, 0.3, 1).to(dtype);
+            const at::Tensor x = (clustered(80, h, 20, 0.3, 1) + 1.5).to(dtype);
             with_basis(options, context, x, {}, {30, 0, 50}, fit);
             with_basis(options, context, x, at::randperm(80, at::kLong).slice(0, 0, 65), {64, 1},
                        fit);
