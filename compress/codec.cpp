@@ -152,6 +152,13 @@ std::shared_ptr<Codec> make_codec(const CodecOptions& given, const CodecContext&
   const CodecOptions options = resolved(given, context.direction);
   LSHMOE_VALIDATE(context.hidden_size >= 1 && context.hidden_size <= (int64_t{1} << 24),
                   "hidden_size ", context.hidden_size, " must be 1 to 2^24");
+  constexpr int64_t kMostBasisHidden = 2048;
+  LSHMOE_VALIDATE(options.kind() != "lsh" || options.transform() != "basis" ||
+                      context.hidden_size <= kMostBasisHidden || options.force_basis(),
+                  "transform basis at hidden_size ", context.hidden_size, " (it takes 2 x ",
+                  context.hidden_size, "^2 operations a row at each end; above ", kMostBasisHidden,
+                  " that costs more than it saves on most links): use transform channels, or set "
+                  "force_basis");
   const at::ScalarType dtype = context.dtype;
   LSHMOE_VALIDATE(dtype == at::kFloat || dtype == at::kBFloat16 ||
                       (dtype == at::kDouble && options.kind() == "none"),

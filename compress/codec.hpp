@@ -57,6 +57,9 @@ struct CodecOptions {
   /// What residuals are coded in. channels: ordered by energy. basis (learned only): turned into
   /// the directions of their second moment; 2 hidden^2 operations a row at each end.
   TORCH_ARG(std::string, transform) = "channels";
+  /// A basis above hidden_size 2048, too: there its operations and its bytes cost more than it
+  /// saves on most links, and make_codec refuses it.
+  TORCH_ARG(bool, force_basis) = false;
   /// learned: refresh() fits at its calls 1, 2, 4, ... below refresh_every, then at each multiple.
   TORCH_ARG(int64_t, refresh_every) = 100;
   /// learned: rows that a fit sees, over the whole group. 0: 2,048, with a basis 10 x hidden_size

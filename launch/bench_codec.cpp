@@ -143,7 +143,7 @@ std::optional<Case> lsh_case(const BenchOptions& o, const string& restore, const
   if (transform == "basis" && state == "batch") return std::nullopt;  // no parcel carries a basis
   c.state = state;
   c.transform = transform;
-  c.codec.state(state).transform(transform);
+  c.codec.state(state).transform(transform).force_basis(true);
   return c;
 }
 

@@ -36,6 +36,7 @@ CodecOptions forward_codec(const TrainOptions& o) {
       .state(o.codec_state)
       .codebook_size(o.codebook_size)
       .transform(o.transform)
+      .force_basis(o.force_basis)
       .refresh_every(o.refresh_every)
       .sample_rows(o.sample_rows)
       .alpha(o.alpha)
@@ -161,6 +162,8 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
           "codebook-size", value<int64_t>(o.codebook_size, 1024), "learned: centroids at most")(
           "transform", value<string>(o.transform, "channels"),
           "of residuals: channels (ordered by energy), or basis (learned only)")(
+          "force-basis", po::bool_switch(&o.force_basis),
+          "transform=basis: also above hidden-size 2048, where it is refused")(
           "refresh-every", value<int64_t>(o.refresh_every, 100),
           "learned: steps between fits, after those at steps 1, 2, 4, ...")(
           "sample-rows", value<int64_t>(o.sample_rows, 0),
@@ -193,6 +196,7 @@ void use_codec_of(const TrainOptions& from, TrainOptions& to) {
   to.alpha = from.alpha;
   to.codec_state = from.codec_state;
   to.transform = from.transform;
+  to.force_basis = from.force_basis;
   to.codebook_size = from.codebook_size;
   to.refresh_every = from.refresh_every;
   to.sample_rows = from.sample_rows;

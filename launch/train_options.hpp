@@ -33,7 +33,7 @@ struct TrainOptions {
   std::string codec_state, transform;
   int64_t codebook_size, refresh_every, sample_rows, alpha_probes;
   int64_t refine, max_clusters, hashes, hash_dim, projection;
-  bool estimate_alpha, codec_on_self;
+  bool estimate_alpha, codec_on_self, force_basis;
 
   int64_t steps, batch_size, warmup_steps, eval_every, seed;
   double lr, min_lr, weight_decay, clip_grad;

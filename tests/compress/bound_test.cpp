@@ -56,6 +56,7 @@ void check(const Case& c) {
   const CodecOptions options = CodecOptions()
                                    .state(c.state)
                                    .transform(c.transform)
+                                   .force_basis(true)
                                    .error_reference(c.reference)
                                    .max_error(c.max_error)
                                    .rounding(c.rounding)

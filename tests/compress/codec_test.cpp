@@ -436,6 +436,16 @@ TEST(CodecErrors, Context) {
     expect_error(make(kind, 8, at::kHalf), "does not take rows of dtype Half: use float32 or");
     expect_error(make(kind, 8, at::kLong), "does not take rows of dtype Long");
   }
+  // A basis of large rows, unless it is forced.
+  const auto basis = [](int64_t hidden, bool force) {
+    return [=] {
+      const auto options = CodecOptions().state("learned").transform("basis").force_basis(force);
+      static_cast<void>(make_codec(options, {hidden, 0, Direction::dispatch, at::kFloat}));
+    };
+  };
+  expect_error(basis(2049, false), "transform basis at hidden_size 2049");
+  EXPECT_NO_THROW(basis(2049, true)());
+  EXPECT_NO_THROW(basis(2048, false)());
   expect_error(make("lsh", 8, at::kDouble), "codec kind lsh does not take rows of dtype Double");
   expect_error(make("bf16", 8, at::kDouble), "codec kind bf16 does not take rows of dtype Double");
 }
