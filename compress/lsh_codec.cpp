@@ -661,6 +661,10 @@ class LshCodec final : public CpuCodec, public LshInternals {
     const auto values = static_cast<std::size_t>(block * hidden);
     std::vector<std::int32_t> q(values);
     std::vector<T> ordered(order.empty() ? 0 : values);
+    std::vector<std::int32_t> place(order.size());  // of each channel in coding order
+    for (std::size_t j = 0; j < order.size(); ++j) {
+      place[static_cast<std::size_t>(order[j])] = static_cast<std::int32_t>(j);
+    }
     struct Coded {
       const std::uint8_t* record;
       const float* base;
@@ -671,7 +675,8 @@ class LshCodec final : public CpuCodec, public LshInternals {
       const std::int64_t rows = std::min<std::int64_t>(block, header.rows - first);
       coded.clear();
       {
-        const PhaseTimer timer(Phase::unpack, 4 * rows * hidden);
+        PhaseTimer timer(Phase::unpack, 4 * rows * hidden);
+        const std::size_t before = reader.left();
         for (std::int64_t i = 0; i < rows; ++i) {
           T* to = out + sink.row(first + i) * hidden;
           const auto row = reader.next();
@@ -683,6 +688,7 @@ class LshCodec final : public CpuCodec, public LshInternals {
                        row.payload, row.readable);
           coded.push_back({row.record, bases + row.id * hidden, to});
         }
+        timer.add_bytes(static_cast<std::int64_t>(before - reader.left()));
       }
       const auto count = static_cast<std::int64_t>(coded.size());
       {
@@ -699,7 +705,8 @@ class LshCodec final : public CpuCodec, public LshInternals {
                              static_cast<std::int64_t>(2 * sizeof(T)) * count * hidden);
       const T* from = ordered.data();
       for (const Coded& row : coded) {
-        for (const std::int32_t channel : order) row.to[channel] = *from++;
+        kernels::permute(row.to, from, place.data(), hidden);
+        from += hidden;
       }
     }
     reader.finish();

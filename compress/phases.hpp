@@ -76,10 +76,15 @@ extern constinit thread_local PhaseRecorder* phase_recorder;
 /// The time from here to its destruction is the phase's, less that of timers inside.
 class PhaseTimer {
  public:
-  explicit PhaseTimer(Phase phase, std::int64_t bytes = 0) : recorder_(detail::phase_recorder) {
+  explicit PhaseTimer(Phase phase, std::int64_t bytes = 0)
+      : recorder_(detail::phase_recorder), phase_(phase) {
     if (recorder_ == nullptr) return;
     before_ = recorder_->switch_to(phase);
-    recorder_->costs_[static_cast<std::size_t>(phase)].bytes += bytes;
+    add_bytes(bytes);
+  }
+  /// Bytes that show on the way.
+  void add_bytes(std::int64_t bytes) {
+    if (recorder_ != nullptr) recorder_->costs_[static_cast<std::size_t>(phase_)].bytes += bytes;
   }
   ~PhaseTimer() {
     if (recorder_ != nullptr) recorder_->switch_to(before_);
@@ -89,6 +94,7 @@ class PhaseTimer {
 
  private:
   PhaseRecorder* recorder_;
+  Phase phase_;
   Phase before_ = Phase::other;
 };
 

@@ -37,10 +37,10 @@ const float* OrderedRows<T>::read(const RowsView<T>& rows) {
     rows.read(ordered_.data(), 0, rows.rows);
     return ordered_.data();
   }
-  float* to = ordered_.data();
   for (std::int64_t i = 0; i < rows.rows; ++i) {
     rows.read(natural_.data(), i);
-    for (const std::int32_t channel : order_) *to++ = natural_[static_cast<std::size_t>(channel)];
+    kernels::permute(ordered_.data() + i * rows.hidden, natural_.data(), order_.data(),
+                     rows.hidden);
   }
   return ordered_.data();
 }
@@ -57,9 +57,16 @@ RowCoder<T>::RowCoder(std::int64_t hidden, StepCode steps, std::size_t id_bytes)
       index_(static_cast<std::size_t>(layout_.bands) + 1) {}
 
 template <class T>
-void RowCoder<T>::set_salt(std::uint32_t salt) {
-  for (std::size_t j = 0; j < offset_.size(); ++j) {
-    offset_[j] = kernels::dither(steps_.dither_key(), static_cast<std::uint32_t>(j), salt);
+float* RowCoder<T>::offset(std::size_t row) {
+  return steps_.dithered() ? offset_.data() + row * static_cast<std::size_t>(layout_.hidden)
+                           : nullptr;
+}
+
+template <class T>
+void RowCoder<T>::set_salt(float* offset, std::uint32_t salt) const {
+  const auto hidden = static_cast<std::size_t>(layout_.hidden);
+  for (std::size_t j = 0; j < hidden; ++j) {
+    offset[j] = kernels::dither(steps_.dither_key(), static_cast<std::uint32_t>(j), salt);
   }
 }
 
@@ -122,7 +129,7 @@ void RowCoder<T>::set_residual(const Row& row) {
 
 template <class T>
 template <class Received>
-void RowCoder<T>::search(Row& row) {
+void RowCoder<T>::search(Row& row, float* offset) {
   const std::int64_t hidden = layout_.hidden;
   row.error = 0;
   row.salt = 0;
@@ -134,7 +141,7 @@ void RowCoder<T>::search(Row& row) {
     kernels::convert(wide_.data(), row.natural, hidden);
     row.salt = kernels::checksum(wide_.data(), wide_.size() * sizeof(float), steps_.dither_key()) %
                kernels::kDitherSalts;
-    set_salt(row.salt);
+    set_salt(offset, row.salt);
   } else if (std::sqrt(kernels::squared_norm(residual_.data(), hidden)) <= row.bound) {
     // What the receiver has already is near enough: any step does. (With a dither even a small
     // residual counts, or the rows' mean would not be kept.)
@@ -146,26 +153,25 @@ void RowCoder<T>::search(Row& row) {
     if (row.is_near) return;
   }
   row.step = row.bound > 0
-                 ? steps_.below(kernels::search_step(residual_.data(), hidden, row.bound, offset()))
+                 ? steps_.below(kernels::search_step(residual_.data(), hidden, row.bound, offset))
                  : steps_.zero_row();
   if (!steps_.is_step(row.step)) row.step = steps_.whole_row();
 }
 
 template <class T>
 template <class Received>
-void RowCoder<T>::quantize(Row& row, std::int32_t* q) {
+void RowCoder<T>::quantize(Row& row, const float* offset, std::int32_t* q) {
   const std::int64_t hidden = layout_.hidden;
   if (row.is_near) std::fill_n(q, hidden, 0);
   if (row.is_near || !steps_.is_step(row.step)) return;
   set_residual(row);
-  if (steps_.dithered()) set_salt(row.salt);
   // Rounding (adding the base back, the cast to T) may break a bound that the estimate kept:
   // smaller steps are tried, further and further down, then the row goes whole.
   for (int attempt = 0; attempt < 6 && steps_.is_step(row.step); ++attempt) {
     const float step = steps_.value(row.step);
-    if (!kernels::quantize(q, residual_.data(), hidden, step, offset())) break;
+    if (!kernels::quantize(q, residual_.data(), hidden, step, offset)) break;
     row.error = std::sqrt(
-        kernels::reconstruction_error<Received>(row.x, row.base, q, hidden, step, offset()));
+        kernels::reconstruction_error<Received>(row.x, row.base, q, hidden, step, offset));
     if (row.error <= allowed_error(row.bound)) return;
     row.step = steps_.smaller(row.step, 1 << attempt);
   }
@@ -202,20 +208,21 @@ std::size_t RowCoder<T>::encode(std::span<Row> rows, std::uint8_t* records,
   const std::int64_t hidden = layout_.hidden;
   const auto values = static_cast<std::int64_t>(rows.size()) * hidden;
   if (q_.size() < static_cast<std::size_t>(values)) q_.resize(static_cast<std::size_t>(values));
+  if (steps_.dithered() && offset_.size() < q_.size()) offset_.resize(q_.size());
   {
     const PhaseTimer timer(Phase::step_search, 8 * values);
-    for (Row& row : rows) search<Received>(row);
+    for (std::size_t i = 0; i < rows.size(); ++i) search<Received>(rows[i], offset(i));
   }
   std::int32_t* q = q_.data();
   {
     const PhaseTimer timer(Phase::quantize, 12 * values);
-    for (Row& row : rows) {
-      quantize<Received>(row, q);
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      quantize<Received>(rows[i], offset(i), q);
       q += hidden;
     }
   }
   q = q_.data();
-  const PhaseTimer timer(Phase::pack, 4 * values);
+  PhaseTimer timer(Phase::pack, 4 * values);
   std::size_t bytes = 0;
   for (Row& row : rows) {
     pack(row, q, records, payloads + bytes);
@@ -223,6 +230,7 @@ std::size_t RowCoder<T>::encode(std::span<Row> rows, std::uint8_t* records,
     records += layout_.record_bytes;
     bytes += row.payload_bytes;
   }
+  timer.add_bytes(static_cast<std::int64_t>(bytes));
   return bytes;
 }
 
@@ -245,13 +253,13 @@ void RowCoder<T>::estimate(const float* r, double bound, const std::int32_t* ord
   const std::int64_t hidden = layout_.hidden;
   const auto whole = static_cast<std::int64_t>(8 * layout_.whole_bytes);
   *bits_plain = *bits_ordered = 0;
-  if (offset() == nullptr && std::sqrt(kernels::squared_norm(r, hidden)) <= bound) return;
-  set_salt(0);  // all alike
+  if (!steps_.dithered() && std::sqrt(kernels::squared_norm(r, hidden)) <= bound) return;
+  if (steps_.dithered()) set_salt(offset(0), 0);  // all alike
   const std::uint16_t code = bound > 0
-                                 ? steps_.below(kernels::search_step(r, hidden, bound, offset()))
+                                 ? steps_.below(kernels::search_step(r, hidden, bound, offset(0)))
                                  : steps_.zero_row();
   if (!steps_.is_step(code) ||
-      !kernels::quantize(q_.data(), r, hidden, steps_.value(code), offset())) {
+      !kernels::quantize(q_.data(), r, hidden, steps_.value(code), offset(0))) {
     *bits_plain = *bits_ordered = whole;
     return;
   }
@@ -324,7 +332,7 @@ void RowCoder<T>::reconstruct(Received* out, const std::uint8_t* record, const s
     }
     return;
   }
-  set_salt(record[layout_.step_bytes]);
+  set_salt(offset(0), record[layout_.step_bytes]);
   for (std::int64_t j = 0; j < hidden; ++j) {
     out[j] = kernels::reconstruct<Received>(base[j], static_cast<float>(q[j]) - offset_[j], step);
   }

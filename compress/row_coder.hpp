@@ -120,7 +120,7 @@ class RowCoder {
   RowLayout layout_;
   StepCode steps_;
   std::vector<float> residual_;
-  std::vector<float> offset_;  // the dither of the row at hand; empty: none
+  std::vector<float> offset_;  // the dithers of the rows at hand; empty: none
   std::vector<float> wide_;    // with a dither: a row as floats
   std::vector<std::int32_t> q_, ordered_;
   std::vector<std::uint8_t> index_;
@@ -129,14 +129,15 @@ class RowCoder {
 
   // The stages of encode: the step to try, the values that keep the bound, their bytes.
   template <class Received>
-  void search(Row& row);
+  void search(Row& row, float* offset);
   template <class Received>
-  void quantize(Row& row, std::int32_t* q);
+  void quantize(Row& row, const float* offset, std::int32_t* q);
   void pack(Row& row, const std::int32_t* q, std::uint8_t* record, std::uint8_t* payload);
 
   void set_residual(const Row& row);
-  void set_salt(std::uint32_t salt);
-  [[nodiscard]] const float* offset() const { return offset_.empty() ? nullptr : offset_.data(); }
+  // The dither of row number `row` of a block; null: none.
+  [[nodiscard]] float* offset(std::size_t row);
+  void set_salt(float* offset, std::uint32_t salt) const;
   [[nodiscard]] std::uint16_t step_of(const std::uint8_t* record) const;
   void write_record(std::uint8_t* record, std::uint16_t step, std::uint32_t salt,
                     std::uint32_t id) const;
@@ -161,6 +162,8 @@ class RowReader {
   };
   /// The next row, `rows` times. Throws InvalidArgument.
   [[nodiscard]] Row next();
+  /// Bytes of payloads that are left.
+  [[nodiscard]] std::size_t left() const { return left_; }
   /// Throws InvalidArgument when bytes are left over.
   void finish() const;
 

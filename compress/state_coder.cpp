@@ -85,6 +85,7 @@ std::int64_t StateCoder<T>::sample_bits(const BoundedRows<T>& rows,
       residual[std::size_t(s * hidden + j)] = x[j] - base[j];
   }
   if (basis) {
+    const PhaseTimer timer(Phase::product, 4 * hidden * (2 * samples + hidden));
     const std::vector<float> natural = residual;
     state_.to_coefficients.multiply(residual.data(), natural.data(), samples);
   }
@@ -249,7 +250,8 @@ void StateCoder<T>::decode_with_basis(T* out, const std::int64_t* to, std::int64
     const std::int64_t rows = std::min(kBlockRows, n - first);
     coded.clear();
     {
-      const PhaseTimer timer(Phase::unpack, 4 * rows * hidden);
+      PhaseTimer timer(Phase::unpack, 4 * rows * hidden);
+      const std::size_t before = reader.left();
       for (std::int64_t i = 0; i < rows; ++i) {
         T* row = out + to[first + i] * hidden;
         const auto read = reader.next();
@@ -261,6 +263,7 @@ void StateCoder<T>::decode_with_basis(T* out, const std::int64_t* to, std::int64
                      read.payload, read.readable);
         coded.push_back({read.record, row, state_.bases.data() + read.id * hidden});
       }
+      timer.add_bytes(static_cast<std::int64_t>(before - reader.left()));
     }
     const auto count = static_cast<std::int64_t>(coded.size());
     {

@@ -17,6 +17,10 @@ void gather_rows(void* out, const void* in, const std::int64_t* index, std::int6
 void scatter_rows(void* out, const std::int64_t* index, const void* in, std::int64_t rows,
                   std::size_t row_bytes);
 
+/// out[j] = in[index[j]], j = 0 .. count - 1: elements of one row. out apart from the others.
+void permute(float* out, const float* in, const std::int32_t* index, std::int64_t count);
+void permute(Bfloat16* out, const Bfloat16* in, const std::int32_t* index, std::int64_t count);
+
 /// Element by element; bfloat16 rounds to nearest, ties to even.
 void convert(float* out, const Bfloat16* in, std::int64_t count);
 void convert(Bfloat16* out, const float* in, std::int64_t count);

@@ -9,7 +9,7 @@ namespace lshmoe::kernels {
 namespace {
 using namespace panels;
 // Rows of a panel that stay in the first-level cache, rows of x that stay in the second.
-constexpr std::int64_t kInnerBlock = 256, kRowBlock = 192;
+constexpr std::int64_t kInnerBlock = 384, kRowBlock = 128;
 }  // namespace
 
 PackedMatrix::PackedMatrix(const float* matrix, std::int64_t inner, std::int64_t columns)

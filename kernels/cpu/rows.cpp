@@ -34,6 +34,28 @@ void scatter_rows(void* out, const std::int64_t* index, const void* in, std::int
   }
 }
 
+namespace {
+template <class T>
+void permute_row(T* out, const T* in, const std::int32_t* index, std::int64_t count) {
+  std::int64_t j = 0;
+  for (; j + 4 <= count; j += 4) {
+    // All reads before the writes, which the compiler must take for writes to `in`.
+    const T a = in[index[j]], b = in[index[j + 1]], c = in[index[j + 2]], d = in[index[j + 3]];
+    out[j] = a;
+    out[j + 1] = b;
+    out[j + 2] = c;
+    out[j + 3] = d;
+  }
+  for (; j < count; ++j) out[j] = in[index[j]];
+}
+}  // namespace
+void permute(float* out, const float* in, const std::int32_t* index, std::int64_t count) {
+  permute_row(out, in, index, count);
+}
+void permute(Bfloat16* out, const Bfloat16* in, const std::int32_t* index, std::int64_t count) {
+  permute_row(out, in, index, count);
+}
+
 void convert(float* out, const Bfloat16* in, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) out[i] = to_float(in[i]);
 }

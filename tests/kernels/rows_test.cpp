@@ -5,7 +5,9 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <set>
 #include <string>
@@ -53,6 +55,29 @@ TEST(Rows, GatherAndScatter) {
 }
 
 // Every upper half with lower halves around the ties, zeros, denormals, NaN and Inf included.
+TEST(Rows, Permute) {
+  for (const std::int64_t count : {0, 1, 3, 4, 5, 16, 103}) {
+    const auto n = static_cast<std::size_t>(count);
+    std::vector<std::int32_t> index(n);
+    std::iota(index.begin(), index.end(), 0);
+    std::shuffle(index.begin(), index.end(), std::mt19937(1));
+    std::vector<float> in(n), out(n + 1, -1.0F);
+    std::vector<Bfloat16> narrow(n), narrow_out(n + 1, Bfloat16{77});
+    for (std::size_t j = 0; j < n; ++j) {
+      in[j] = static_cast<float>(j) + 0.5F;
+      narrow[j] = Bfloat16{static_cast<std::uint16_t>(j + 1000)};
+    }
+    permute(out.data(), in.data(), index.data(), count);
+    permute(narrow_out.data(), narrow.data(), index.data(), count);
+    for (std::size_t j = 0; j < n; ++j) {
+      EXPECT_EQ(out[j], in[static_cast<std::size_t>(index[j])]);
+      EXPECT_EQ(narrow_out[j].bits, narrow[static_cast<std::size_t>(index[j])].bits);
+    }
+    EXPECT_EQ(out[n], -1.0F);
+    EXPECT_EQ(narrow_out[n].bits, 77);
+  }
+}
+
 TEST(Bfloat16, RoundsAsTorchDoes) {
   std::vector<float> values;
   for (std::uint32_t upper = 0; upper < 65536; ++upper) {
