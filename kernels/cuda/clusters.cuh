@@ -235,7 +235,7 @@ __global__ void z_means_kernel(float* mean, const std::int64_t* order, const std
 
 /// nearest_centroid_kernel, group by group.
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     nearest_of_group_kernel(std::int32_t* id, float* distance, PlanRows plan,
                             const float* centroids, const float* half_norm, int level) {
   __shared__ NearestTiles tiles;

@@ -70,7 +70,9 @@ def test_items(build):
         properties = {p["name"]: p["value"] for p in test.get("properties", [])}
         if "command" not in test:
             fail(f"test {test['name']} has no program (it is not built): build all first")
-        items.append({"name": test["name"], "kind": "test", "command": test["command"],
+        script = any(part.endswith(".py") for part in test["command"])
+        items.append({"name": test["name"], "kind": "script" if script else "test",
+                      "command": test["command"] + (["-v"] if script else []),
                       "seconds": min(float(properties.get("TIMEOUT", 120)), 240),
                       "environment": properties.get("ENVIRONMENT", [])})
     if not items:
@@ -135,6 +137,18 @@ def gtest_results(output):
     return passed, failed, skipped
 
 
+def unittest_results(output):
+    """The same of Python's unittest -v; a test's first line of documentation may stand between."""
+    passed, failed, skipped = [], [], []
+    pattern = r"^\w+ \(([\w.]+)\)(?:\n.*)?? \.\.\. (?:.*\n)*?(ok|FAIL|ERROR|skipped .*)$"
+    for name, outcome in re.findall(pattern, output, re.M):
+        if outcome.startswith("skipped"):
+            skipped.append({"name": name, "reason": outcome[len("skipped "):].strip("'\"")})
+        else:
+            (passed if outcome == "ok" else failed).append(name)
+    return passed, failed, skipped
+
+
 def run_item(item, environment, seconds, prefix):
     """Its entry of the report."""
     report = {"name": item["name"], "kind": item["kind"], "limit_seconds": seconds}
@@ -169,7 +183,8 @@ def run_item(item, environment, seconds, prefix):
             report["results"] = [json.loads(line) for line in results]
         good, report["output"] = code == 0 and bool(report["results"]), output[-TAIL:]
     else:
-        passed, failed, skipped = gtest_results(output)
+        results = unittest_results if item["kind"] == "script" else gtest_results
+        passed, failed, skipped = results(output)
         report["tests"] = {"passed": passed, "failed": failed, "skipped": skipped}
         good = code == 0 and not failed and bool(passed or skipped)
         if not good:
@@ -239,7 +254,7 @@ def main():
             items = json.load(listing)
         for item in items:
             item["command"] = [part.replace("{pack}", os.path.abspath(pack))
-                               for part in item["command"]]
+                               .replace("{python}", sys.executable) for part in item["command"]]
     else:
         build = os.path.abspath(o.build or os.path.join(HERE, "..", "..", "build", "release"))
         environment = dict(os.environ)
@@ -250,7 +265,7 @@ def main():
         if not os.path.exists(tool):
             fail("compute-sanitizer was not found (it comes with the CUDA Toolkit): install it")
         prefix = [tool, "--tool", o.sanitizer, "--error-exitcode", "86"]
-        items = [item for item in items if item["kind"] == "test"]
+        items = [item for item in items if item["kind"] == "test"]  # programs, not scripts
         for item in items:  # slower by far
             item["seconds"] = o.budget
     items = [item for item in items if o.only in item["name"]]

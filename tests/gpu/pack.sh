@@ -20,26 +20,29 @@ MOST_BYTES=$((64 << 20))
 
 pack=$(mktemp -d)
 trap 'rm -rf "$pack"' EXIT
-mkdir -p "$pack"/{bin,lib,libstdc++,openmpi/bin}
+mkdir -p "$pack"/{bin,files,lib,libstdc++,openmpi/bin}
 
 # Programs; their places go into the list that check.sh reads.
-"$python" - "$here" "$build" "$pack" <<'PYTHON'
+"$python" - "$here" "$build" "$root" "$pack" <<'PYTHON'
 import json, os, shutil, sys
-here, build, pack = sys.argv[1:]
+here, build, root, pack = sys.argv[1:]
 sys.path.insert(0, here)
 sys.dont_write_bytecode = True
 import check
 items = check.test_items(build) + check.bench_items(os.path.join(build, "launch", "lshmoe-bench"))
 for item in items:
     for i, part in enumerate(item["command"]):
-        if part.startswith(build + "/"):
-            name = os.path.basename(part)
+        name = os.path.basename(part)
+        if name in ("mpirun", "mpiexec"):
+            item["command"][i] = "mpirun"
+        elif name.startswith("python") and os.path.isabs(part):
+            item["command"][i] = "{python}"
+        elif part.startswith((build + "/", root + "/")):
             if not os.path.exists(part):
                 sys.exit(f"pack.sh: {part} is not there: build all first")
-            shutil.copy(part, os.path.join(pack, "bin", name))
-            item["command"][i] = "{pack}/bin/" + name
-        elif os.path.basename(part) == "mpirun":
-            item["command"][i] = "mpirun"
+            folder = "bin" if part.startswith(build + "/") else "files"
+            shutil.copy(part, os.path.join(pack, folder, name))
+            item["command"][i] = "{pack}/" + folder + "/" + name
 with open(os.path.join(pack, "items.json"), "w") as file:
     json.dump(items, file, indent=1)
 PYTHON
