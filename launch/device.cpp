@@ -5,8 +5,10 @@
 
 #include <cstdlib>
 
+#include "lshmoe/comm/cuda/device.hpp"
 #include "lshmoe/comm/nccl/communicator.hpp"
 #include "lshmoe/runtime/error.hpp"
+#include "lshmoe/runtime/log.hpp"
 
 namespace lshmoe::launch {
 namespace {
@@ -14,8 +16,8 @@ namespace {
 /// Equal bits in every run. Before the first use of cuBLAS, which reads the variable then.
 void be_reproducible() {
   ::setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);
-  // Warnings only: an operator without such an algorithm should not end the run.
-  at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/true);
+  // Not warnings only: attention would then take its other algorithms.
+  at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
   // It would fill every new tensor, to show reads of memory that nobody wrote.
   at::globalContext().setDeterministicFillUninitializedMemory(false);
 }
@@ -33,6 +35,9 @@ void resolve_device(const Session& session, TrainOptions& options) {
   LSHMOE_VALIDATE(
       found || (options.device == "auto" && options.comm_backend != "nccl" && !options.share_gpu),
       choice.problem);
+  if (!found && session.world()->rank() == 0 && cuda::visible_devices().count > 0) {
+    log_warn("device auto takes the CPU: " + choice.problem);
+  }
   options.device = found ? "cuda" : "cpu";
   if (options.comm_backend == "auto") {
     options.comm_backend = found && nccl_configured() && !options.share_gpu ? "nccl" : "mpi";

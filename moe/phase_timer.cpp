@@ -28,6 +28,14 @@ void PhaseTimer::stop() {
   }
 }
 
+PhaseTimer::Span::~Span() {
+  try {
+    timer_.stop();
+  } catch (...) {
+    // A GPU that failed: the error that unwinds here, or the next call, tells it.
+  }
+}
+
 double PhaseTimer::seconds() const {
   for (const auto& [begin, end] : pending_) {
     end->synchronize();

@@ -28,7 +28,7 @@ class PhaseTimer {
   class Span {
    public:
     Span(PhaseTimer& timer, at::Device device) : timer_(timer) { timer_.start(device); }
-    ~Span() { timer_.stop(); }
+    ~Span();
     Span(const Span&) = delete;
     Span& operator=(const Span&) = delete;
 

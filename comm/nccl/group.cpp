@@ -7,12 +7,13 @@
 #include <algorithm>
 #include <chrono>
 #include <exception>
+#include <future>
+#include <memory>
 #include <thread>
 #include <utility>
 
 #include "lshmoe/comm/cuda/device.hpp"
 #include "lshmoe/runtime/error.hpp"
-#include "lshmoe/runtime/log.hpp"
 
 namespace lshmoe::nccl {
 namespace {
@@ -52,6 +53,20 @@ class OnDevice {
 std::string text_of(int result) {
   return message(ncclGetErrorString(static_cast<ncclResult_t>(result)),
                  "; NCCL says: ", ncclGetLastError(nullptr));
+}
+
+/// Ends the kernels that wait for peers and frees the communicator. NCCL asks all ranks to do it
+/// and may wait for those that do not, so it gets a thread and some seconds; after them it is left
+/// alone.
+void abort_group(ncclComm* comm, int device) {
+  auto ended = std::make_shared<std::promise<void>>();
+  const std::future<void> end = ended->get_future();
+  std::thread([comm, device, ended] {
+    cudaSetDevice(device);
+    ncclCommAbort(comm);
+    ended->set_value();
+  }).detach();
+  end.wait_for(std::chrono::seconds(10));
 }
 
 std::string one_line(std::string text) {
@@ -95,7 +110,7 @@ NcclGroup::~NcclGroup() {
   if (state == ncclSuccess) {
     ncclCommDestroy(comm_);
   } else {
-    ncclCommAbort(comm_);
+    abort_group(comm_, device_);
   }
 }
 
@@ -224,9 +239,8 @@ void NcclGroup::poll(const char* call) {
 
 void NcclGroup::fail(bool timed_out, const std::string& text) {
   dead_ = one_line(text);
-  // Ends the kernels that wait for peers, so that the stream and its buffers become free. One that
-  // was not made is aborted too.
-  if (comm_ != nullptr) ncclCommAbort(std::exchange(comm_, nullptr));
+  // So that the stream and its buffers become free. One that did not become ready is aborted too.
+  if (comm_ != nullptr) abort_group(std::exchange(comm_, nullptr), device_);
   if (timed_out) throw Timeout(dead_);
   throw CommError(dead_);
 }
