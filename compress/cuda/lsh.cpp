@@ -1,14 +1,14 @@
 // Kind lsh on a GPU.
 
 #include <algorithm>
-#include <array>
 #include <cstring>
-#include <mutex>
 #include <optional>
 
 #include "lshmoe/compress/cpu_codec.hpp"
 #include "lshmoe/compress/cuda/batch.hpp"
 #include "lshmoe/compress/cuda/kinds.hpp"
+#include "lshmoe/compress/cuda/lsh_decoder.hpp"
+#include "lshmoe/compress/cuda/lsh_state.hpp"
 #include "lshmoe/compress/cuda/projection.hpp"
 #include "lshmoe/compress/cuda/stream_phases.hpp"
 #include "lshmoe/compress/cuda/support.hpp"
@@ -23,25 +23,6 @@
 namespace lshmoe::cuda {
 namespace {
 
-/// A learned state in device memory.
-struct DeviceState {
-  std::uint32_t version = 0;
-  std::int64_t centroids = 0;
-  at::Tensor bases, order, place, mean_z, centroids_z, half_norms;
-  // With a basis: its bases are in the channels' own order, and there is no other.
-  at::Tensor to_coefficients, to_residual;
-  double stretch = 1;
-  [[nodiscard]] bool has_basis() const { return to_residual.defined(); }
-};
-
-/// The matrix as it was before it was packed: its products with unit vectors.
-at::Tensor unpacked(const kernels::PackedMatrix& matrix, at::Device device) {
-  const at::Tensor unit = at::eye(matrix.inner(), at::kFloat);
-  at::Tensor out = at::empty({matrix.inner(), matrix.columns()}, at::kFloat);
-  matrix.multiply(out.mutable_data_ptr<float>(), unit.const_data_ptr<float>(), matrix.inner());
-  return out.to(device);
-}
-
 template <class T>
 class LshCodec final : public StagedCodec {
  public:
@@ -53,7 +34,8 @@ class LshCodec final : public StagedCodec {
         dither_key_(options.rounding() == "dithered" ? std::optional(static_cast<std::uint32_t>(
                                                            noise_stream(options.seed(), context)))
                                                      : std::nullopt),
-        projection_(options, context) {}
+        projection_(options, context),
+        decoder_(context, internals(), states_, projection_) {}
 
   using Codec::encode;
   [[nodiscard]] Encoded encode(const at::Tensor& x, const at::Tensor& row_index,
@@ -77,11 +59,11 @@ class LshCodec final : public StagedCodec {
     check_decode(context(), out, row_index, bytes, bytes_per_group, rows_per_group);
     const c10::DeviceGuard guard(bytes.device());
     const Opened opened(bytes, bytes_per_group, ParcelKind::lsh_expert, context());
-    if (!decodes(opened)) {
+    if (!decoder_.decodes(opened)) {
       return StagedCodec::decode_into(out, row_index, bytes, bytes_per_group, rows_per_group);
     }
     opened.check_rows(rows_per_group);
-    decode_opened(out, RowIndex(row_index, out.size(0), bytes.device(), "decode"), opened);
+    decoder_.decode(out, RowIndex(row_index, out.size(0), bytes.device(), "decode"), opened);
   }
 
   [[nodiscard]] Decoded decode(const at::Tensor& bytes,
@@ -90,19 +72,19 @@ class LshCodec final : public StagedCodec {
     check_bytes(context(), bytes, bytes_per_group);
     const c10::DeviceGuard guard(bytes.device());
     const Opened opened(bytes, bytes_per_group, ParcelKind::lsh_expert, context());
-    if (!decodes(opened)) return StagedCodec::decode(bytes, bytes_per_group);
-    check_sizes(opened);
+    if (!decoder_.decodes(opened)) return StagedCodec::decode(bytes, bytes_per_group);
+    decoder_.check_sizes(opened);
     Decoded decoded;
     decoded.rows_per_group = opened.rows_per_group();
     decoded.rows = at::empty({opened.rows(), context().hidden_size},
                              at::dtype(context().dtype).device(bytes.device()));
-    decode_opened(decoded.rows, RowIndex({}, opened.rows(), bytes.device(), "decode"), opened);
+    decoder_.decode(decoded.rows, RowIndex({}, opened.rows(), bytes.device(), "decode"), opened);
     return decoded;
   }
 
   bool refresh(Communicator& comm) override {
     const bool changed = StagedCodec::refresh(comm);
-    if (changed) std::swap(states_[0], states_[1]), states_[0] = {};
+    if (changed) states_.forget_oldest();
     return changed;
   }
 
@@ -111,46 +93,14 @@ class LshCodec final : public StagedCodec {
   bool whole_;
   bool on_gpu_;
   std::optional<std::uint32_t> dither_key_;
-  // Made when first needed: the current state and the former.
-  mutable std::mutex mutex_;
-  mutable std::array<DeviceState, 2> states_;
   Projection projection_;
+  DeviceStates states_;
+  LshDecoder<T> decoder_;
 
   [[nodiscard]] const LshInternals& internals() const {
     return dynamic_cast<const LshInternals&>(cpu());
   }
   [[nodiscard]] LearnedStates learned_states() const { return internals().learned_states(); }
-
-  DeviceState on_device(const LearnedState& state, at::Device device) const {
-    const std::lock_guard lock(mutex_);
-    for (const DeviceState& known : states_) {
-      if (known.version == state.version) return known;
-    }
-    DeviceState made;
-    made.version = state.version;
-    made.centroids = state.centroids;
-    const bool basis = state.basis.defined();
-    made.bases = upload(basis ? state.bases : state.ordered_bases, device);
-    if (basis) {
-      made.to_coefficients = unpacked(state.to_coefficients, device);
-      made.to_residual = unpacked(state.to_residual, device);
-      made.stretch = state.stretch;
-    } else if (!state.order.empty()) {
-      std::vector<std::int32_t> place(state.order.size());
-      for (std::size_t j = 0; j < place.size(); ++j) {
-        place[static_cast<std::size_t>(state.order[j])] = static_cast<std::int32_t>(j);
-      }
-      made.order = upload(state.order, device);
-      made.place = upload(place, device);
-    }
-    made.mean_z = upload(state.mean_z, device);
-    made.centroids_z = upload(state.centroids_z, device);
-    made.half_norms = room<float>(state.centroids, device);
-    launchers::half_norms(as<float>(made.half_norms), as<const float>(made.centroids_z),
-                          state.centroids, options().projection(), current_stream(device));
-    const bool current = learned_states().current.get() == &state;
-    return states_[current ? 0 : 1] = made;
-  }
 
   [[nodiscard]] StepCode steps_of(float group_step) const {
     return StepCode(group_step, dither_key_.has_value(), dither_key_.value_or(0));
@@ -296,7 +246,7 @@ class LshCodec final : public StagedCodec {
       ids = plan->ids;
     }
     if (state != nullptr) {
-      const DeviceState known = on_device(*state, device);
+      const DeviceState known = states_.get(*state, options().projection(), device);
       if (!by_group_) {
         coding.resize(1);
         coding[0] = {};
@@ -489,262 +439,6 @@ class LshCodec final : public StagedCodec {
         assembly.add(group.first, header, steps, static_cast<std::int64_t>(layout.record_bytes));
     add_totals(stats, total, relative_sum);
     return plan != nullptr ? std::optional(rest) : std::nullopt;
-  }
-
-  // decode ---------------------------------------------------------------------------------------
-
-  // The state a parcel was coded against; null: none, or not known here.
-  static const LearnedState* state_of(const ParcelHeader& header, const LearnedStates& states) {
-    for (const auto* state : {states.current.get(), states.previous.get()}) {
-      if (state != nullptr && state->version == header.state_version) return state;
-    }
-    return nullptr;
-  }
-
-  // Whether the GPU decodes these; what it does not know the CPU decodes, or refuses.
-  [[nodiscard]] bool decodes(const Opened& opened) const {
-    const auto states = learned_states();
-    return std::all_of(opened.parcels().begin(), opened.parcels().end(), [&](const auto& one) {
-      const ParcelHeader& header = one.header;
-      if (header.flags == kAllWhole) return true;
-      if (header.state_version == 0) {
-        return (header.flags & ~(kHasMean | kHasOrder | kGroupStep | kDither)) == 0;
-      }
-      const LearnedState* state = state_of(header, states);
-      return state != nullptr && (header.flags & ~(kGroupStep | kDither | kBasis)) == 0 &&
-             ((header.flags & kBasis) != 0) == state->basis.defined() &&
-             (header.centroids == 0 || header.centroids == state->centroids);
-    });
-  }
-
-  [[nodiscard]] RowLayout layout_of(const ParcelHeader& header) const {
-    const StepCode steps((header.flags & kGroupStep) != 0 ? 1.0F : 0.0F,
-                         (header.flags & kDither) != 0);
-    return {context().hidden_size, steps, centroid_id_bytes(header.centroids), sizeof(T)};
-  }
-
-  void check_sizes(const Opened& opened) const {
-    for (const auto& one : opened.parcels()) {
-      const ParcelHeader& header = one.header;
-      const RowLayout layout = layout_of(header);
-      const std::size_t n = header.rows;
-      if (header.flags == kAllWhole) {
-        LSHMOE_VALIDATE(header.centroids == 0 && header.state_version == 0 &&
-                            header.shared_bytes == 0 && header.body_bytes == n * layout.whole_bytes,
-                        "decode: a parcel of ", n, " whole rows has ", header.body_bytes,
-                        " bytes of them (damaged parcel)");
-        continue;
-      }
-      const std::uint32_t step_bytes =
-          ((header.flags & kGroupStep) != 0 ? 4 : 0) + ((header.flags & kDither) != 0 ? 4 : 0);
-      LSHMOE_VALIDATE(n <= header.body_bytes / layout.record_bytes &&
-                          (header.state_version != 0 ? header.shared_bytes == step_bytes
-                                                     : header.shared_bytes >= step_bytes),
-                      "decode: a parcel of ", header.body_bytes, " + ", header.shared_bytes,
-                      " bytes says it has ", n, " rows (damaged parcel)");
-    }
-  }
-
-  void decode_opened(at::Tensor& out, const RowIndex& index, const Opened& opened) const {
-    check_sizes(opened);
-    if (opened.rows() == 0) return;
-    const at::Device device = out.device();
-    const launchers::Stream stream = current_stream(device);
-    const auto states = learned_states();
-    const std::int64_t hidden = context().hidden_size;
-    std::vector<launchers::CodedGroup> coded;
-    std::vector<std::int64_t> body;  // bytes of payloads of each
-    std::vector<launchers::RawPlace> raw;
-    mark_phase("shared part");
-    const auto steps = read_steps(opened);
-    const Bytes shared = read_shared(opened, device);
-    std::vector<DeviceState> alive;  // until the kernels are queued; one for each of `coded`
-    bool any_basis = false;
-    for (std::size_t i = 0; i < opened.parcels().size(); ++i) {
-      const auto& one = opened.parcels()[i];
-      if (one.header.flags == kAllWhole) {
-        raw.push_back({one.first, one.header.rows, one.body});
-        continue;
-      }
-      const DeviceState state = one.header.state_version != 0
-                                    ? on_device(*state_of(one.header, states), device)
-                                    : explained(one, bytes_of(shared, i), device);
-      const RowLayout layout = layout_of(one.header);
-      alive.push_back(state);
-      launchers::CodedGroup group;
-      group.first = one.first;
-      group.rows = one.header.rows;
-      group.step = steps[i].step;
-      group.dithered = (one.header.flags & kDither) != 0;
-      group.dither_key = steps[i].dither_key;
-      group.id_bytes = static_cast<std::int32_t>(layout.id_bytes);
-      group.centroids = static_cast<std::int32_t>(one.header.centroids);
-      group.order = as<const std::int32_t>(state.order);
-      group.place = as<const std::int32_t>(state.place);
-      group.bases = as<const float>(state.bases);
-      group.coefficients = state.has_basis();
-      any_basis |= state.has_basis();
-      group.records = one.body;
-      group.payloads = one.body + group.rows * static_cast<std::int64_t>(layout.record_bytes);
-      group.end = one.body + one.header.body_bytes;
-      coded.push_back(group);
-      body.push_back(group.end - group.payloads);
-    }
-    // Parcels of both kinds: each by its own launch, over its own rows.
-    T* to = as<T>(out);
-    const std::int64_t out_rows = out.size(0);
-    for (const auto& place : raw) {
-      const launchers::RawPlace alone{0, place.rows, place.body};
-      const at::Tensor on_device = upload(std::vector<launchers::RawPlace>{alone}, device);
-      launchers::scatter_raw<T>(index.data() != nullptr ? to : to + place.first * hidden,
-                                index.data() != nullptr ? index.data() + place.first : nullptr,
-                                out_rows - (index.data() != nullptr ? 0 : place.first),
-                                as<const launchers::RawPlace>(on_device), 1, place.rows, hidden,
-                                stream);
-    }
-    const at::Tensor bad = none_bad(launchers::kBadKinds, device);
-    const auto count = static_cast<std::int64_t>(coded.size());
-    const at::Tensor totals = room<launchers::RowTotals>(count, device);
-    at::Tensor payload_bytes, offset, groups;
-    if (count > 0) {
-      // Rows in the order of the coded groups alone.
-      std::int64_t coded_rows = 0;
-      std::vector<std::int64_t> numbers;
-      for (auto& group : coded) {
-        for (std::int64_t i = 0; i < group.rows && !raw.empty(); ++i) {
-          numbers.push_back(group.first + i);
-        }
-        group.first = coded_rows;
-        coded_rows += group.rows;
-      }
-      groups = upload(coded, device);
-      const auto* data = as<const launchers::CodedGroup>(groups);
-      at::Tensor to_rows;
-      const std::int64_t* to_index = index.data();
-      if (!raw.empty()) {
-        to_rows = upload(numbers, device).view(at::kLong);
-        if (to_index != nullptr) to_rows = index.tensor().index_select(0, to_rows);
-        to_index = as<const std::int64_t>(to_rows);
-      }
-      payload_bytes = room<std::int64_t>(coded_rows, device);
-      offset = room<std::int64_t>(coded_rows, device);
-      mark_phase("sizes");
-      launchers::record_sizes(as<std::int64_t>(payload_bytes), as<std::int64_t>(bad), data, count,
-                              coded_rows, hidden, sizeof(T), stream);
-      launchers::row_totals(as<launchers::RowTotals>(totals), as<std::int64_t>(offset), data, count,
-                            data, count, nullptr, coded_rows, as<const std::int64_t>(payload_bytes),
-                            nullptr, nullptr, nullptr, nullptr, stream);
-      mark_phase("unpack and restore");
-      if (!any_basis) {
-        launchers::decode_rows<T>(to, to_index, out_rows, as<std::int64_t>(bad), data, count,
-                                  as<const std::int64_t>(offset), coded_rows, hidden, stream);
-      } else {
-        const auto floats = at::dtype(at::kFloat).device(device);
-        const at::Tensor values = at::zeros({coded_rows, hidden}, floats);
-        const at::Tensor residual = at::empty({coded_rows, hidden}, floats);
-        const at::Tensor base_id = room<std::int32_t>(coded_rows, device);
-        launchers::decode_coefficients<T>(to, as<float>(values), as<std::int32_t>(base_id),
-                                          to_index, out_rows, as<std::int64_t>(bad), data, count,
-                                          as<const std::int64_t>(offset), coded_rows, hidden,
-                                          stream);
-        mark_phase("product");
-        for (std::size_t i = 0; i < coded.size(); ++i) {
-          if (!coded[i].coefficients) continue;
-          projection_.multiply(residual.narrow(0, coded[i].first, coded[i].rows),
-                               values.narrow(0, coded[i].first, coded[i].rows),
-                               alive[i].to_residual, coded[i].rows, hidden, hidden);
-        }
-        mark_phase("add bases");
-        launchers::add_bases<T>(to, to_index, as<const float>(residual),
-                                as<const std::int32_t>(base_id), data, count, coded_rows, hidden,
-                                stream);
-      }
-    }
-    mark_phase("checks");
-    const at::Tensor bad_index = index.bad().defined() ? index.bad() : none_bad(1, device);
-    const auto found = download<std::uint8_t>(
-        at::cat({bad.view(at::kByte), bad_index.view(at::kByte), totals, opened.sums()}));
-    std::int64_t faults[launchers::kBadKinds + 1];
-    const std::uint8_t* at = found.data();
-    std::memcpy(faults, at, sizeof faults);
-    at += sizeof faults;
-    std::vector<launchers::RowTotals> total(coded.size());
-    std::memcpy(total.data(), at, total.size() * sizeof(launchers::RowTotals));
-    at += total.size() * sizeof(launchers::RowTotals);
-    std::vector<std::uint32_t> sums(opened.parcels().size());
-    std::memcpy(sums.data(), at, 4 * sums.size());
-    opened.check_sums(sums.data());
-    const char* kFaults[] = {"'s record is none that is ever written",
-                             " names a centroid that does not exist",
-                             "'s payload holds a number out of its range"};
-    for (int kind = 0; kind < launchers::kBadKinds; ++kind) {
-      LSHMOE_VALIDATE(faults[kind] == kNoneBad, "decode: row ", faults[kind], kFaults[kind],
-                      " (damaged parcel)");
-    }
-    for (std::size_t i = 0; i < coded.size(); ++i) {
-      LSHMOE_VALIDATE(total[i].payload_bytes == body[i], "decode: the rows of a parcel have ",
-                      total[i].payload_bytes, " bytes of payload, the parcel has ", body[i],
-                      " (damaged parcel)");
-    }
-    index.check(faults[launchers::kBadKinds]);
-  }
-
-  // The shared parts of parcels that explain themselves, on the host: small beside the rows. Waits
-  // for the device where there are any.
-  struct Bytes {
-    std::vector<std::uint8_t> data;
-    std::vector<std::size_t> begin;  // [parcels + 1]
-  };
-  [[nodiscard]] static Bytes read_shared(const Opened& opened, at::Device device) {
-    Bytes bytes;
-    std::vector<at::Tensor> parts;
-    std::size_t size = 0;
-    for (const auto& one : opened.parcels()) {
-      bytes.begin.push_back(size);
-      if (one.header.flags == kAllWhole || one.header.state_version != 0) continue;
-      parts.push_back(at::from_blob(const_cast<std::uint8_t*>(one.shared),
-                                    {static_cast<std::int64_t>(one.header.shared_bytes)},
-                                    at::dtype(at::kByte).device(device)));
-      size += one.header.shared_bytes;
-    }
-    bytes.begin.push_back(size);
-    if (size > 0) bytes.data = download<std::uint8_t>(at::cat(parts));
-    return bytes;
-  }
-  static std::span<const std::uint8_t> bytes_of(const Bytes& bytes, std::size_t parcel) {
-    return {bytes.data.data() + bytes.begin[parcel], bytes.begin[parcel + 1] - bytes.begin[parcel]};
-  }
-  // What a parcel that explains itself says, on the device.
-  [[nodiscard]] DeviceState explained(const Opened::One& one, std::span<const std::uint8_t> shared,
-                                      at::Device device) const {
-    const SharedPart part = internals().shared_part(one.header, shared);
-    DeviceState state;
-    state.bases = upload(part.bases, device);
-    if (!part.order.empty()) state.order = upload(part.order, device);
-    return state;
-  }
-
-  // What the shared parts begin with.
-  struct Steps {
-    float step = 0;  // of the group; 0: none
-    std::uint32_t dither_key = 0;
-  };
-  [[nodiscard]] std::vector<Steps> read_steps(const Opened& opened) const {
-    std::vector<Steps> steps(opened.parcels().size());
-    for (std::size_t i = 0; i < steps.size(); ++i) {
-      const std::uint8_t flags = opened.parcels()[i].header.flags;
-      if (flags == kAllWhole) continue;
-      const std::uint8_t* at = opened.shared_head(i);
-      if ((flags & kGroupStep) != 0) {
-        std::memcpy(&steps[i].step, at, 4);
-        at += 4;
-        LSHMOE_VALIDATE(
-            steps[i].step >= 4 * kernels::kMinStep && steps[i].step <= kernels::kMaxStep,
-            "decode: a parcel's step is out of range (damaged parcel)");
-      }
-      if ((flags & kDither) != 0) std::memcpy(&steps[i].dither_key, at, 4);
-    }
-    return steps;
   }
 };
 

@@ -15,6 +15,7 @@ at::Tensor Projection::operator()(const launchers::RowsOf<T>& rows, at::Device d
   if (!product_) product_ = std::make_unique<launchers::Product>();
   if (!matrix_.defined()) {
     matrix_ = upload(projection_matrix(options_, hidden, context_.layer), device);
+    wait_for_stream(device);  // any stream may use it
   }
   // As fp32, some rows at a time. All of them in one product size, so that equal rows get equal
   // products in every call.

@@ -18,7 +18,8 @@ class Projection {
   Projection(const CodecOptions& options, const CodecContext& context)
       : options_(options), context_(context) {}
 
-  /// float [rows, options.projection], on the current stream. T: float or kernels::Bfloat16.
+  [[nodiscard]] std::int64_t columns() const { return options_.projection(); }
+  /// float [rows, columns], on the current stream. T: float or kernels::Bfloat16.
   template <class T>
   [[nodiscard]] at::Tensor operator()(const launchers::RowsOf<T>& rows, at::Device device) const;
   /// out [rows, columns] = x [rows, inner] matrix [inner, columns], fp32 without TF32 whatever

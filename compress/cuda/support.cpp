@@ -10,6 +10,11 @@
 
 namespace lshmoe::cuda {
 
+void wait_for_stream(at::Device device) {
+  if (device.is_cpu()) return;
+  c10::impl::VirtualGuardImpl(device.type()).getStream(device).synchronize();
+}
+
 at::Tensor upload_bytes(const void* data, std::size_t bytes, at::Device device) {
   // From pinned memory, or torch would wait for the stream.
   at::Tensor host = at::empty({static_cast<std::int64_t>(bytes)},

@@ -17,6 +17,9 @@ namespace launchers = kernels::cuda;
 /// The stream that torch queues work of `device` on.
 [[nodiscard]] launchers::Stream current_stream(at::Device device);
 
+/// Until all that was queued on it is done. Nothing on the CPU (tests).
+void wait_for_stream(at::Device device);
+
 /// uint8 [bytes]; a small copy to the device that does not wait.
 [[nodiscard]] at::Tensor upload_bytes(const void* data, std::size_t bytes, at::Device device);
 template <class T>

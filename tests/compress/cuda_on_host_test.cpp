@@ -19,6 +19,8 @@
 #include "compress/cuda/codec.cpp"
 #include "compress/cuda/fixed.cpp"
 #include "compress/cuda/lsh.cpp"
+#include "compress/cuda/lsh_decoder.cpp"
+#include "compress/cuda/lsh_state.cpp"
 #include "compress/cuda/projection.cpp"
 #include "compress/cuda/stream_phases.cpp"
 #include "compress/cuda/support.cpp"

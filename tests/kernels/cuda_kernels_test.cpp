@@ -7,6 +7,7 @@
 #include "kernels/cuda/formats.cu"
 #include "kernels/cuda/lsh.cu"
 #include "kernels/cuda/parcel.cu"
+#include "kernels/cuda/plan.cu"
 #include "kernels/cuda/row_coder.cu"
 #include "kernels/cuda/rows.cu"
 // clang-format on
@@ -474,6 +475,30 @@ TEST_F(Cuda, KeysAndMeans) {
   segment_mean(mean.data(), x.data(), order.data(), all, 2, 150);
   cuda::segment_mean(got_mean.data(), x.data(), order.data(), all, 2, 150, nullptr);
   EXPECT_TRUE(std::equal(mean.begin(), mean.begin() + 300, got_mean.begin()));
+}
+
+TEST_F(Cuda, ChannelOrder) {
+  for (const std::int64_t hidden : {17, 100, 384, 4096}) {
+    constexpr std::int64_t kGroups = 4;
+    auto energy = normal<float>(kGroups * hidden, 5);
+    for (float& value : energy) value = std::floor(4 * value * value);  // many equal ones
+    std::vector<std::int32_t> order(energy.size()), place(energy.size());
+    cuda::order_channels(order.data(), place.data(), energy.data(), kGroups, hidden, nullptr);
+    for (std::int64_t g = 0; g < kGroups; ++g) {
+      const float* own = energy.data() + g * hidden;
+      std::vector<std::int32_t> want(static_cast<std::size_t>(hidden));
+      std::iota(want.begin(), want.end(), 0);
+      std::stable_sort(want.begin(), want.end(),
+                       [own](std::int32_t a, std::int32_t b) { return own[a] > own[b]; });
+      for (std::int64_t from = 0; from < hidden; from += kBandValues) {
+        std::sort(want.begin() + from, want.begin() + std::min(hidden, from + kBandValues));
+      }
+      EXPECT_TRUE(std::equal(want.begin(), want.end(), order.begin() + g * hidden)) << hidden;
+      for (std::int64_t j = 0; j < hidden; ++j) {
+        ASSERT_EQ(place[static_cast<std::size_t>(g * hidden + want[std::size_t(j)])], j);
+      }
+    }
+  }
 }
 
 TEST_F(Cuda, IndexOutOfRange) {
