@@ -83,8 +83,10 @@ typename GroupPlanner<T>::Projected GroupPlanner<T>::project(const BoundedRows<T
                                                              const std::vector<float>& mean) const {
   const std::int64_t hidden = group.rows.hidden, rows = group.rows.rows;
   const std::int64_t columns = projection_.columns(), block = block_rows(hidden);
-  const PhaseTimer timer(Phase::project, static_cast<std::int64_t>(sizeof(T)) * rows * hidden +
-                                             4 * columns * (hidden + rows));
+  const PhaseTimer timer(
+      Phase::project,
+      static_cast<std::int64_t>(sizeof(T)) * rows * hidden + 4 * columns * (hidden + rows),
+      2 * rows * hidden * columns);
   Projected projected;
   projected.z.resize(static_cast<std::size_t>(rows * columns));
   std::vector<float> x(static_cast<std::size_t>(block * hidden));

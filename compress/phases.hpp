@@ -31,11 +31,13 @@ inline constexpr std::size_t kPhases = static_cast<std::size_t>(Phase::scatter) 
 /// Name as written above.
 [[nodiscard]] std::string_view name_of(Phase phase);
 
-/// bytes: what the phase must read and write, each once. 0: not said.
+/// bytes: what the phase must read and write, each once; flops: additions and multiplications of
+/// its products. 0: not said.
 struct PhaseCost {
   double seconds = 0;  ///< that this thread computed: on a busy machine less than the next
   double wall_seconds = 0;
   std::int64_t bytes = 0;
+  std::int64_t flops = 0;
 };
 
 /// Seconds that this thread has computed since it began.
@@ -76,11 +78,12 @@ extern constinit thread_local PhaseRecorder* phase_recorder;
 /// The time from here to its destruction is the phase's, less that of timers inside.
 class PhaseTimer {
  public:
-  explicit PhaseTimer(Phase phase, std::int64_t bytes = 0)
+  explicit PhaseTimer(Phase phase, std::int64_t bytes = 0, std::int64_t flops = 0)
       : recorder_(detail::phase_recorder), phase_(phase) {
     if (recorder_ == nullptr) return;
     before_ = recorder_->switch_to(phase);
     add_bytes(bytes);
+    recorder_->costs_[static_cast<std::size_t>(phase)].flops += flops;
   }
   /// Bytes that show on the way.
   void add_bytes(std::int64_t bytes) {

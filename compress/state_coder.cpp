@@ -43,7 +43,8 @@ std::vector<std::int64_t> StateCoder<T>::nearest(const RowsView<T>& rows) const 
   {
     const PhaseTimer timer(Phase::project,
                            static_cast<std::int64_t>(sizeof(T)) * rows.rows * hidden +
-                               4 * columns * (hidden + rows.rows));
+                               4 * columns * (hidden + rows.rows),
+                           2 * rows.rows * hidden * columns);
     std::vector<float> x(static_cast<std::size_t>(block * hidden));
     for (std::int64_t i = 0; i < rows.rows; i += block) {
       const std::int64_t count = std::min(block, rows.rows - i);
@@ -55,7 +56,8 @@ std::vector<std::int64_t> StateCoder<T>::nearest(const RowsView<T>& rows) const 
     }
   }
   const PhaseTimer timer(Phase::nearest,
-                         4 * (rows.rows + state_.centroids) * columns + 8 * rows.rows);
+                         4 * (rows.rows + state_.centroids) * columns + 8 * rows.rows,
+                         2 * rows.rows * state_.centroids * columns);
   std::vector<std::int64_t> nearest(static_cast<std::size_t>(rows.rows));
   std::vector<float> scratch(
       static_cast<std::size_t>(kernels::nearest_scratch(state_.centroids, columns)));
@@ -85,7 +87,8 @@ std::int64_t StateCoder<T>::sample_bits(const BoundedRows<T>& rows,
       residual[std::size_t(s * hidden + j)] = x[j] - base[j];
   }
   if (basis) {
-    const PhaseTimer timer(Phase::product, 4 * hidden * (2 * samples + hidden));
+    const PhaseTimer timer(Phase::product, 4 * hidden * (2 * samples + hidden),
+                           2 * samples * hidden * hidden);
     const std::vector<float> natural = residual;
     state_.to_coefficients.multiply(residual.data(), natural.data(), samples);
   }
@@ -207,7 +210,8 @@ void StateCoder<T>::encode_basis(StateRows& out, const BoundedRows<T>& rows) con
       }
     }
     {
-      const PhaseTimer timer(Phase::product, 4 * hidden * (2 * part.rows + hidden));
+      const PhaseTimer timer(Phase::product, 4 * hidden * (2 * part.rows + hidden),
+                             2 * part.rows * hidden * hidden);
       state_.to_coefficients.multiply(coefficients.data(), residual.data(), part.rows);
     }
     for (std::int64_t i = 0; i < part.rows; i += block) {
@@ -238,8 +242,10 @@ void StateCoder<T>::decode_with_basis(T* out, const std::int64_t* to, std::int64
   RowCoder<T> coder(hidden, steps_, codebook ? centroid_id_bytes(state_.centroids) : 0);
   RowReader<T> reader(coder, body, n, state_.centroids);
   const std::vector<float> zeros(static_cast<std::size_t>(hidden), 0.0F);
-  std::vector<std::int32_t> q(static_cast<std::size_t>(most * hidden));
-  std::vector<float> coefficients(q.size()), residual(q.size());
+  const std::int64_t part = block_rows(hidden);
+  std::vector<std::int32_t> q(static_cast<std::size_t>(part * hidden));
+  std::vector<float> coefficients(static_cast<std::size_t>(most * hidden)),
+      residual(coefficients.size());
   struct Coded {
     const std::uint8_t* record;
     T* to;
@@ -247,35 +253,39 @@ void StateCoder<T>::decode_with_basis(T* out, const std::int64_t* to, std::int64
   };
   std::vector<Coded> coded;
   for (std::int64_t first = 0; first < n; first += kBlockRows) {
-    const std::int64_t rows = std::min(kBlockRows, n - first);
+    const std::int64_t end = std::min(n, first + kBlockRows);
     coded.clear();
-    {
-      PhaseTimer timer(Phase::unpack, 4 * rows * hidden);
-      const std::size_t before = reader.left();
-      for (std::int64_t i = 0; i < rows; ++i) {
-        T* row = out + to[first + i] * hidden;
-        const auto read = reader.next();
-        if (coder.is_whole(read.record) || coder.is_zero(read.record)) {
-          coder.decode(row, read.record, read.payload, read.readable, zeros.data());
-          continue;
+    for (std::int64_t from = first; from < end; from += part) {
+      const std::size_t before = coded.size();
+      const std::int64_t rows = std::min(part, end - from);
+      {
+        PhaseTimer timer(Phase::unpack, 4 * rows * hidden);
+        const std::size_t left = reader.left();
+        for (std::int64_t i = 0; i < rows; ++i) {
+          T* row = out + to[from + i] * hidden;
+          const auto read = reader.next();
+          if (coder.is_whole(read.record) || coder.is_zero(read.record)) {
+            coder.decode(row, read.record, read.payload, read.readable, zeros.data());
+            continue;
+          }
+          coder.unpack(q.data() + static_cast<std::int64_t>(coded.size() - before) * hidden,
+                       read.record, read.payload, read.readable);
+          coded.push_back({read.record, row, state_.bases.data() + read.id * hidden});
         }
-        coder.unpack(q.data() + static_cast<std::int64_t>(coded.size()) * hidden, read.record,
-                     read.payload, read.readable);
-        coded.push_back({read.record, row, state_.bases.data() + read.id * hidden});
+        timer.add_bytes(static_cast<std::int64_t>(left - reader.left()));
       }
-      timer.add_bytes(static_cast<std::int64_t>(before - reader.left()));
+      const PhaseTimer timer(Phase::reconstruct,
+                             8 * static_cast<std::int64_t>(coded.size() - before) * hidden);
+      for (std::size_t i = before; i < coded.size(); ++i) {
+        coder.template reconstruct<float>(
+            coefficients.data() + static_cast<std::int64_t>(i) * hidden, coded[i].record,
+            q.data() + static_cast<std::int64_t>(i - before) * hidden, zeros.data());
+      }
     }
     const auto count = static_cast<std::int64_t>(coded.size());
     {
-      const PhaseTimer timer(Phase::reconstruct, 8 * count * hidden);
-      for (std::int64_t i = 0; i < count; ++i) {
-        coder.template reconstruct<float>(coefficients.data() + i * hidden,
-                                          coded[std::size_t(i)].record, q.data() + i * hidden,
-                                          zeros.data());
-      }
-    }
-    {
-      const PhaseTimer timer(Phase::product, 4 * hidden * (2 * count + hidden));
+      const PhaseTimer timer(Phase::product, 4 * hidden * (2 * count + hidden),
+                             2 * count * hidden * hidden);
       state_.to_residual.multiply(residual.data(), coefficients.data(), count);
     }
     const PhaseTimer timer(Phase::scatter,

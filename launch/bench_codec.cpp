@@ -89,7 +89,8 @@ struct Result {
   std::optional<double> encode_seconds, decode_seconds;
   Phases encode_phases, decode_phases;       // with --phases, on the CPU
   StreamCosts encode_stream, decode_stream;  // with --phases, on a GPU
-  double product_seconds = 0;                // of the basis products of all rows, alone
+  // With --phases: BLAS alone, for the products with a basis there and back.
+  double gemm_seconds = 0;
 };
 
 /// The rows measured and those a state is fitted to.
@@ -273,7 +274,8 @@ Phases measure_phases(int64_t repeat, Part part) {
   for (std::size_t p = 0; p < kPhases; ++p) {
     const double typical = median(seconds[p]);
     if (typical > 0) {
-      phases.push_back({static_cast<Phase>(p), {typical, median(wall[p]), costs[p].bytes}});
+      phases.push_back(
+          {static_cast<Phase>(p), {typical, median(wall[p]), costs[p].bytes, costs[p].flops}});
     }
   }
   return phases;
@@ -353,7 +355,7 @@ Result measure_codec(const Case& c, const Rows& rows, int64_t repeat, bool phase
         measure_phases(repeat, [&] { encoded = codec->encode(rows.x, rows.groups); });
     result.decode_phases = measure_phases(
         repeat, [&] { decoded = codec->decode(encoded.bytes, encoded.bytes_per_group); });
-    if (c.transform == "basis") result.product_seconds = time_products(rows, repeat);
+    result.gemm_seconds = time_products(rows, repeat);
   }
   // restore=source: what arrives are centroids, and a row is taken for its own.
   const at::Tensor received =
@@ -492,19 +494,24 @@ double copy_bandwidth(at::Device device) {
 }
 
 /// A table below the codec's row, and the same for machines.
-nlohmann::ordered_json report_phases(const Result& result, const Rows& rows, double bandwidth) {
+nlohmann::ordered_json report_phases(const Result& result, const Rows& rows, double bandwidth,
+                                     bool with_basis) {
   nlohmann::ordered_json json;
   const double raw = static_cast<double>(rows.x.nbytes());
   json["copy_gb_s"] = 1e-9 * bandwidth;
+  const double flops =
+      4 * static_cast<double>(rows.x.numel()) * static_cast<double>(rows.x.size(1));
+  const double gemm = flops / result.gemm_seconds;
+  json["gemm_gflop_s"] = 1e-9 * gemm;
+  std::printf("    torch's BLAS multiplies with %.0f GFLOP/s\n", 1e-9 * gemm);
   std::printf("    %-7s %-12s %9s %9s %6s %9s %9s %8s\n", "", "phase", "ms", "wall ms", "share",
-              "MB/s", "GB/s", "of copy");
-  double wall = 0, product = 0;
+              "MB/s", "", "of copy");
+  double wall = 0;
   const auto table = [&](const char* name, const Phases& phases) {
     double sum = 0;
     for (const auto& [phase, cost] : phases) sum += cost.seconds;
     for (const auto& [phase, cost] : phases) {
       wall += cost.wall_seconds;
-      if (phase == Phase::product) product += cost.seconds;
       nlohmann::ordered_json& one = json[name][string(name_of(phase))];
       one["ms"] = 1e3 * cost.seconds;
       one["wall_ms"] = 1e3 * cost.wall_seconds;
@@ -512,11 +519,17 @@ nlohmann::ordered_json report_phases(const Result& result, const Rows& rows, dou
       std::printf("    %-7s %-12s %9.3f %9.3f %5.1f%% %9.0f", name, string(name_of(phase)).c_str(),
                   1e3 * cost.seconds, 1e3 * cost.wall_seconds, 100 * cost.seconds / sum,
                   1e-6 * raw / cost.seconds);
-      if (cost.bytes > 0) {
+      // Products are held against BLAS, what only reads and writes against a copy.
+      if (cost.flops > 0) {
+        const double rate = static_cast<double>(cost.flops) / cost.seconds;
+        one["flops"] = cost.flops;
+        one["of_gemm"] = rate / gemm;
+        std::printf(" %4.0f GF/s %7.0f%% of BLAS", 1e-9 * rate, 100 * rate / gemm);
+      } else if (cost.bytes > 0) {
         const double moved = static_cast<double>(cost.bytes) / cost.seconds;
         one["bytes"] = cost.bytes;
         one["of_copy"] = moved / bandwidth;
-        std::printf(" %9.2f %7.0f%%", 1e-9 * moved, 100 * moved / bandwidth);
+        std::printf(" %4.1f GB/s %7.0f%%", 1e-9 * moved, 100 * moved / bandwidth);
       }
       std::printf("\n");
     }
@@ -526,20 +539,13 @@ nlohmann::ordered_json report_phases(const Result& result, const Rows& rows, dou
   const double both = *seconds_of(result);
   json["mb_s"] = 1e-6 * raw / both;
   std::printf(
-      "    encode + decode %14.3f ms, %.0f MB/s; with the clocks of the phases %.3f ms of "
-      "wall time\n",
+      "    encode + decode %.3f ms, %.0f MB/s; with the clocks of the phases %.3f ms of wall "
+      "time\n",
       1e3 * both, 1e-6 * raw / both, 1e3 * wall);
-  if (result.product_seconds > 0) {
-    const double flops =
-        4 * static_cast<double>(rows.x.numel()) * static_cast<double>(rows.x.size(1));
-    json["gemm_ms"] = 1e3 * result.product_seconds;
-    json["gemm_gflop_s"] = 1e-9 * flops / result.product_seconds;
-    json["gemm_of_all"] = result.product_seconds / both;
-    std::printf(
-        "    both products alone, by BLAS: %.3f ms, %.0f GFLOP/s (phase product: %.0f); "
-        "%.0f%% of encode + decode\n",
-        1e3 * result.product_seconds, 1e-9 * flops / result.product_seconds,
-        product > 0 ? 1e-9 * flops / product : 0, 100 * result.product_seconds / both);
+  if (with_basis) {
+    json["gemm_of_all"] = result.gemm_seconds / both;
+    std::printf("    the basis' two products alone, by BLAS: %.3f ms, %.0f%% of encode + decode\n",
+                1e3 * result.gemm_seconds, 100 * result.gemm_seconds / both);
   }
   return json;
 }
@@ -682,7 +688,7 @@ void bench_codec(int argc, const char* const* argv) {
                                            : measure_format(c, rows);
     Line line = report(c, result, rows, fp8_result, bandwidth);
     if (!result.encode_phases.empty()) {
-      line.json["phases"] = report_phases(result, rows, bandwidth);
+      line.json["phases"] = report_phases(result, rows, bandwidth, c.transform == "basis");
     }
     if (!result.encode_stream.empty()) line.json["phases"] = report_stream(result, rows);
     json += line.json.dump() + "\n";

@@ -128,7 +128,8 @@ TEST(Phases, OfCodecs) {
     }
     EXPECT_GE(of(encode, Phase::checksum).bytes, encoded.bytes.numel() - 80);
     EXPECT_GE(of(decode, Phase::checksum).bytes, encoded.bytes.numel() - 80);
-    EXPECT_EQ(of(decode, Phase::product).bytes > 0, setting == "basis");
+    EXPECT_EQ(of(decode, Phase::product).flops, setting == "basis" ? 2 * x.numel() * 256 : 0);
+    EXPECT_EQ(of(encode, Phase::project).flops, 2 * x.numel() * 64);
     double sum = 0;
     for (const PhaseCost& cost : encode) sum += cost.seconds;
     EXPECT_LT(of(encode, Phase::other).seconds, 0.5 * sum);
