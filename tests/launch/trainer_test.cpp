@@ -325,7 +325,9 @@ TEST(Trainer, CountsWhatLearnedStateCosts) {
     EXPECT_GE(report.seconds.codec_state, 0.0);
     EXPECT_LE(report.seconds.codec_state, report.seconds.codec);
     // The codebook's floats of four directions, at least: a mean of 16 channels.
-    if (world()->size() > 1) EXPECT_GT(report.codec_state_memory, 4 * 4 * 16);
+    if (world()->size() > 1) {
+      EXPECT_GT(report.codec_state_memory, 4 * 4 * 16);
+    }
   }
   // The same by the codecs' own account.
   double bytes = 0;

@@ -225,7 +225,9 @@ TEST(EstimatedAlpha, IsBetterThanEitherNumber) {
     const double estimated = error(source().estimate_alpha(true)), zero = error(source()),
                  one = error(source().alpha(1));
     EXPECT_LT(estimated, 1.02 * std::min(zero, one)) << zero << " " << one;
-    if (identity == 0.5) EXPECT_LT(estimated, 0.95 * std::min(zero, one)) << zero << " " << one;
+    if (identity == 0.5) {
+      EXPECT_LT(estimated, 0.95 * std::min(zero, one)) << zero << " " << one;
+    }
   }
 }
 
