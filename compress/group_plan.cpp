@@ -83,7 +83,7 @@ typename GroupPlanner<T>::Projected GroupPlanner<T>::project(const BoundedRows<T
                                                              const std::vector<float>& mean) const {
   const std::int64_t hidden = group.rows.hidden, rows = group.rows.rows;
   const std::int64_t columns = projection_.columns(), block = block_rows(hidden);
-  const PhaseTimer timer(
+  const PhaseScope timer(
       Phase::project,
       static_cast<std::int64_t>(sizeof(T)) * rows * hidden + 4 * columns * (hidden + rows),
       2 * rows * hidden * columns);
@@ -183,7 +183,7 @@ void GroupPlanner<T>::measure(GroupPlan& plan, const BoundedRows<T>& group, RowC
 template <class T>
 GroupPlan GroupPlanner<T>::choose(const BoundedRows<T>& group, const StepCode& steps,
                                   bool clusters) const {
-  const PhaseTimer timer(Phase::plan);
+  const PhaseScope timer(Phase::plan);
   const std::int64_t hidden = group.rows.hidden, rows = group.rows.rows;
   const auto n = static_cast<std::size_t>(rows);
   RowCoder<float> base_coder(hidden, StepCode(), 0);

@@ -294,7 +294,7 @@ class LshCodec final : public CpuCodec, public LshInternals {
   // Norms of the rows; refuses NaN and Inf.
   std::vector<double> norms(const RowsView<T>& rows) const {
     const int64_t hidden = context().hidden_size;
-    const PhaseTimer timer(Phase::load, static_cast<int64_t>(sizeof(T)) * rows.rows * hidden);
+    const PhaseScope timer(Phase::load, static_cast<int64_t>(sizeof(T)) * rows.rows * hidden);
     std::vector<double> norms(static_cast<std::size_t>(rows.rows));
     std::vector<float> x(static_cast<std::size_t>(hidden));
     for (int64_t i = 0; i < rows.rows; ++i) {
@@ -530,7 +530,7 @@ class LshCodec final : public CpuCodec, public LshInternals {
       return learned.number.empty() ? first + i
                                     : static_cast<std::size_t>(learned.number[first + i]);
     };
-    const PhaseTimer timer(Phase::assemble);
+    const PhaseScope timer(Phase::assemble);
     std::size_t bytes = 0;
     for (std::size_t i = 0; i < n; ++i) bytes += coded.bytes(number(i));
     // A group that its own parcel explains in less, like one of equal rows, or after a change that
@@ -577,7 +577,7 @@ class LshCodec final : public CpuCodec, public LshInternals {
   // Bits, as GroupPlan counts them, of a parcel that explains itself and has no clusters; from a
   // sample of the rows.
   double explained_bits(const RowsView<T>& rows) const {
-    const PhaseTimer timer(Phase::plan);
+    const PhaseScope timer(Phase::plan);
     constexpr int64_t kSample = 64;
     const int64_t stride = std::max<int64_t>(1, rows.rows / kSample);
     std::vector<std::int64_t> sample;
@@ -675,7 +675,7 @@ class LshCodec final : public CpuCodec, public LshInternals {
       const std::int64_t rows = std::min<std::int64_t>(block, header.rows - first);
       coded.clear();
       {
-        PhaseTimer timer(Phase::unpack, 4 * rows * hidden);
+        PhaseScope timer(Phase::unpack, 4 * rows * hidden);
         const std::size_t before = reader.left();
         for (std::int64_t i = 0; i < rows; ++i) {
           T* to = out + sink.row(first + i) * hidden;
@@ -692,7 +692,7 @@ class LshCodec final : public CpuCodec, public LshInternals {
       }
       const auto count = static_cast<std::int64_t>(coded.size());
       {
-        const PhaseTimer timer(Phase::reconstruct,
+        const PhaseScope timer(Phase::reconstruct,
                                static_cast<std::int64_t>(8 + sizeof(T)) * count * hidden);
         for (std::int64_t i = 0; i < count; ++i) {
           const Coded& row = coded[static_cast<std::size_t>(i)];
@@ -701,7 +701,7 @@ class LshCodec final : public CpuCodec, public LshInternals {
         }
       }
       if (order.empty()) continue;
-      const PhaseTimer timer(Phase::scatter,
+      const PhaseScope timer(Phase::scatter,
                              static_cast<std::int64_t>(2 * sizeof(T)) * count * hidden);
       const T* from = ordered.data();
       for (const Coded& row : coded) {

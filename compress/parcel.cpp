@@ -41,7 +41,7 @@ std::uint8_t dtype_code(at::ScalarType dtype) {
 }
 
 std::uint32_t parcel_checksum(std::span<const std::uint8_t> parcel) {
-  const PhaseTimer timer(Phase::checksum, static_cast<std::int64_t>(parcel.size()));
+  const PhaseScope timer(Phase::checksum, static_cast<std::int64_t>(parcel.size()));
   // The header without the field itself seeds the rest.
   const std::uint32_t head = kernels::checksum(parcel.data(), kChecksumOffset);
   return kernels::block_checksum(parcel.data() + ParcelHeader::kBytes,

@@ -56,7 +56,7 @@ class PhaseRecorder {
   [[nodiscard]] const std::array<PhaseCost, kPhases>& costs();
 
  private:
-  friend class PhaseTimer;
+  friend class PhaseScope;
   Phase switch_to(Phase phase);
 
   struct Reading {
@@ -76,9 +76,9 @@ extern constinit thread_local PhaseRecorder* phase_recorder;
 }
 
 /// The time from here to its destruction is the phase's, less that of timers inside.
-class PhaseTimer {
+class PhaseScope {
  public:
-  explicit PhaseTimer(Phase phase, std::int64_t bytes = 0, std::int64_t flops = 0)
+  explicit PhaseScope(Phase phase, std::int64_t bytes = 0, std::int64_t flops = 0)
       : recorder_(detail::phase_recorder), phase_(phase) {
     if (recorder_ == nullptr) return;
     before_ = recorder_->switch_to(phase);
@@ -89,11 +89,11 @@ class PhaseTimer {
   void add_bytes(std::int64_t bytes) {
     if (recorder_ != nullptr) recorder_->costs_[static_cast<std::size_t>(phase_)].bytes += bytes;
   }
-  ~PhaseTimer() {
+  ~PhaseScope() {
     if (recorder_ != nullptr) recorder_->switch_to(before_);
   }
-  PhaseTimer(const PhaseTimer&) = delete;
-  PhaseTimer& operator=(const PhaseTimer&) = delete;
+  PhaseScope(const PhaseScope&) = delete;
+  PhaseScope& operator=(const PhaseScope&) = delete;
 
  private:
   PhaseRecorder* recorder_;

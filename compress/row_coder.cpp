@@ -29,7 +29,7 @@ RowLayout::RowLayout(std::int64_t hidden_size, const StepCode& steps, std::size_
 
 template <class T>
 const float* OrderedRows<T>::read(const RowsView<T>& rows) {
-  const PhaseTimer timer(Phase::order,
+  const PhaseScope timer(Phase::order,
                          static_cast<std::int64_t>(4 + sizeof(T)) * rows.rows * rows.hidden);
   const auto values = static_cast<std::size_t>(rows.rows * rows.hidden);
   if (ordered_.size() < values) ordered_.resize(values);
@@ -210,19 +210,19 @@ std::size_t RowCoder<T>::encode(std::span<Row> rows, std::uint8_t* records,
   if (q_.size() < static_cast<std::size_t>(values)) q_.resize(static_cast<std::size_t>(values));
   if (steps_.dithered() && offset_.size() < q_.size()) offset_.resize(q_.size());
   {
-    const PhaseTimer timer(Phase::step_search, 8 * values);
+    const PhaseScope timer(Phase::step_search, 8 * values);
     for (std::size_t i = 0; i < rows.size(); ++i) search<Received>(rows[i], offset(i));
   }
   std::int32_t* q = q_.data();
   {
-    const PhaseTimer timer(Phase::quantize, 12 * values);
+    const PhaseScope timer(Phase::quantize, 12 * values);
     for (std::size_t i = 0; i < rows.size(); ++i) {
       quantize<Received>(rows[i], offset(i), q);
       q += hidden;
     }
   }
   q = q_.data();
-  PhaseTimer timer(Phase::pack, 4 * values);
+  PhaseScope timer(Phase::pack, 4 * values);
   std::size_t bytes = 0;
   for (Row& row : rows) {
     pack(row, q, records, payloads + bytes);

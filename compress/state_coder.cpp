@@ -41,7 +41,7 @@ std::vector<std::int64_t> StateCoder<T>::nearest(const RowsView<T>& rows) const 
   const std::int64_t block = block_rows(hidden);
   std::vector<float> z(static_cast<std::size_t>(rows.rows * columns));
   {
-    const PhaseTimer timer(Phase::project,
+    const PhaseScope timer(Phase::project,
                            static_cast<std::int64_t>(sizeof(T)) * rows.rows * hidden +
                                4 * columns * (hidden + rows.rows),
                            2 * rows.rows * hidden * columns);
@@ -55,7 +55,7 @@ std::vector<std::int64_t> StateCoder<T>::nearest(const RowsView<T>& rows) const 
       for (std::int64_t j = 0; j < columns; ++j) row[j] -= state_.mean_z[std::size_t(j)];
     }
   }
-  const PhaseTimer timer(Phase::nearest,
+  const PhaseScope timer(Phase::nearest,
                          4 * (rows.rows + state_.centroids) * columns + 8 * rows.rows,
                          2 * rows.rows * state_.centroids * columns);
   std::vector<std::int64_t> nearest(static_cast<std::size_t>(rows.rows));
@@ -87,7 +87,7 @@ std::int64_t StateCoder<T>::sample_bits(const BoundedRows<T>& rows,
       residual[std::size_t(s * hidden + j)] = x[j] - base[j];
   }
   if (basis) {
-    const PhaseTimer timer(Phase::product, 4 * hidden * (2 * samples + hidden),
+    const PhaseScope timer(Phase::product, 4 * hidden * (2 * samples + hidden),
                            2 * samples * hidden * hidden);
     const std::vector<float> natural = residual;
     state_.to_coefficients.multiply(residual.data(), natural.data(), samples);
@@ -115,7 +115,7 @@ StateRows StateCoder<T>::encode(const BoundedRows<T>& rows) const {
   out.whole.assign(n, false);
   if (state_.centroids > 0 && count > 0) {
     std::vector<std::int64_t> named = nearest(rows.rows);
-    const PhaseTimer timer(Phase::plan);
+    const PhaseScope timer(Phase::plan);
     const auto id_bits = static_cast<std::int64_t>(8 * centroid_id_bytes(state_.centroids));
     const std::int64_t stride = std::max<std::int64_t>(1, count / kSampleRows);
     const std::int64_t samples = (count + stride - 1) / stride;
@@ -199,7 +199,7 @@ void StateCoder<T>::encode_basis(StateRows& out, const BoundedRows<T>& rows) con
   for (std::int64_t first = 0; first < count; first += kBlockRows) {
     const RowsView<T> part = rows.rows.part(first, std::min(kBlockRows, count - first));
     {
-      const PhaseTimer timer(Phase::order,
+      const PhaseScope timer(Phase::order,
                              static_cast<std::int64_t>(8 + sizeof(T)) * part.rows * hidden);
       for (std::int64_t i = 0; i < part.rows; ++i) {
         float* r = residual.data() + i * hidden;
@@ -210,7 +210,7 @@ void StateCoder<T>::encode_basis(StateRows& out, const BoundedRows<T>& rows) con
       }
     }
     {
-      const PhaseTimer timer(Phase::product, 4 * hidden * (2 * part.rows + hidden),
+      const PhaseScope timer(Phase::product, 4 * hidden * (2 * part.rows + hidden),
                              2 * part.rows * hidden * hidden);
       state_.to_coefficients.multiply(coefficients.data(), residual.data(), part.rows);
     }
@@ -259,7 +259,7 @@ void StateCoder<T>::decode_with_basis(T* out, const std::int64_t* to, std::int64
       const std::size_t before = coded.size();
       const std::int64_t rows = std::min(part, end - from);
       {
-        PhaseTimer timer(Phase::unpack, 4 * rows * hidden);
+        PhaseScope timer(Phase::unpack, 4 * rows * hidden);
         const std::size_t left = reader.left();
         for (std::int64_t i = 0; i < rows; ++i) {
           T* row = out + to[from + i] * hidden;
@@ -274,7 +274,7 @@ void StateCoder<T>::decode_with_basis(T* out, const std::int64_t* to, std::int64
         }
         timer.add_bytes(static_cast<std::int64_t>(left - reader.left()));
       }
-      const PhaseTimer timer(Phase::reconstruct,
+      const PhaseScope timer(Phase::reconstruct,
                              8 * static_cast<std::int64_t>(coded.size() - before) * hidden);
       for (std::size_t i = before; i < coded.size(); ++i) {
         coder.template reconstruct<float>(
@@ -284,11 +284,11 @@ void StateCoder<T>::decode_with_basis(T* out, const std::int64_t* to, std::int64
     }
     const auto count = static_cast<std::int64_t>(coded.size());
     {
-      const PhaseTimer timer(Phase::product, 4 * hidden * (2 * count + hidden),
+      const PhaseScope timer(Phase::product, 4 * hidden * (2 * count + hidden),
                              2 * count * hidden * hidden);
       state_.to_residual.multiply(residual.data(), coefficients.data(), count);
     }
-    const PhaseTimer timer(Phase::scatter,
+    const PhaseScope timer(Phase::scatter,
                            static_cast<std::int64_t>(8 + sizeof(T)) * count * hidden);
     const float* r = residual.data();
     for (const Coded& row : coded) {

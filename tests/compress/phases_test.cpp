@@ -40,7 +40,7 @@ TEST(Phases, HaveNames) {
 }
 
 TEST(Phases, AreNotTimedWithoutARecorder) {
-  { const PhaseTimer timer(Phase::pack, 10); }
+  { const PhaseScope timer(Phase::pack, 10); }
   PhaseRecorder recorder;
   EXPECT_EQ(of(recorder.costs(), Phase::pack).bytes, 0);
 }
@@ -49,14 +49,14 @@ TEST(Phases, InsideOthersTakeTheirTime) {
   PhaseRecorder recorder;
   const double start = thread_seconds();
   {
-    const PhaseTimer outer(Phase::plan, 10);
+    const PhaseScope outer(Phase::plan, 10);
     compute(0.004);
     {
-      const PhaseTimer inner(Phase::pack, 7);
+      const PhaseScope inner(Phase::pack, 7);
       compute(0.008);
     }
     compute(0.002);
-    { const PhaseTimer again(Phase::pack, 5); }
+    { const PhaseScope again(Phase::pack, 5); }
   }
   compute(0.001);
   const double all = thread_seconds() - start;
@@ -79,7 +79,7 @@ TEST(Phases, InsideOthersTakeTheirTime) {
 TEST(Phases, WaitingIsWallTimeOnly) {
   PhaseRecorder recorder;
   {
-    const PhaseTimer timer(Phase::load);
+    const PhaseScope timer(Phase::load);
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
   }
   const Costs costs = recorder.costs();
