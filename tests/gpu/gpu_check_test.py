@@ -93,6 +93,9 @@ class Judgement(unittest.TestCase):
         self.assertEqual(one["tests"]["skipped"], [{"name": "A.c", "reason": "no CUDA device"}])
         one = self.judge(skipped)
         self.assertEqual((one["status"], one["reason"]), ("skipped", "no CUDA device"))
+        # A program says by 77 that it skipped everything, and by that only.
+        self.assertEqual(self.judge(skipped + "exit 77")["status"], "skipped")
+        self.assertEqual(self.judge(passed + "exit 77")["status"], "failed")
         self.assertEqual(self.judge(passed + failed + "exit 1")["status"], "failed")
         self.assertEqual(self.judge(passed + "exit 3")["status"], "failed")
         self.assertEqual(self.judge(passed + "kill -SEGV $$")["status"], "failed")
