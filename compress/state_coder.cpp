@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "lshmoe/compress/phases.hpp"
+#include "lshmoe/kernels/basis.hpp"
 #include "lshmoe/kernels/lsh.hpp"
 #include "lshmoe/runtime/error.hpp"
 
@@ -25,13 +26,10 @@ StateCoder<T>::StateCoder(const LearnedState& state, StepCode steps, const Codec
                           const kernels::PackedMatrix& projection)
     : state_(state), steps_(steps), options_(options), projection_(projection) {}
 
-// What of a row's bound is left for its coefficients: the products at both ends round, and so does
-// the cast to bfloat16.
 template <class T>
 double StateCoder<T>::coefficient_bound(double bound, double norm) const {
-  const double products = 4.0 * static_cast<double>(state_.hidden) * 0x1p-24 * norm;
-  const double cast = std::is_same_v<T, float> ? 0 : 0x1p-8 * (norm + bound);
-  return (bound - products - cast) / state_.stretch;
+  return kernels::coefficient_bound(bound, norm, state_.stretch, !std::is_same_v<T, float>,
+                                    state_.hidden);
 }
 
 // The nearest centroid of each row, or -1.

@@ -1,6 +1,7 @@
 #pragma once
 // Residuals, bounds and bases around the products with a basis.
 
+#include "lshmoe/kernels/basis.hpp"
 #include "lshmoe/kernels/cuda/basis.hpp"
 #include "lshmoe/kernels/cuda/row_coder.cuh"
 
@@ -22,13 +23,6 @@ __global__ void basis_residuals_kernel(float* out, RowsOf<T> rows, std::int64_t 
       out[k * rows.hidden + j] = to_float(x[j]) - base[j];
     }
   }
-}
-
-__device__ inline double coefficient_bound(double bound, double norm, double stretch,
-                                           bool to_bfloat16, std::int64_t hidden) {
-  const double products = 4.0 * static_cast<double>(hidden) * 0x1p-24 * norm;
-  const double cast = to_bfloat16 ? 0x1p-8 * (norm + bound) : 0;
-  return (bound - products - cast) / stretch;
 }
 
 template <int kThreads>
