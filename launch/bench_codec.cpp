@@ -35,16 +35,18 @@ using std::string;
 
 constexpr const char* kSynthetic = "synthetic";
 constexpr double kBf16Bits = 16;
+// Of a row from its centre, whose norm is about 1 in the same unit.
+constexpr double kClusterRadius = 0.3;
 
 struct BenchOptions {
   string input, dtype, json, plot;
-  int64_t first_row = 0, fit_rows = 0, synthetic_rows = 0, hidden_size = 0, group_rows = 0,
-          repeat = 0;
+  int64_t first_row = 0, fit_rows = 0, synthetic_rows = 0, synthetic_clusters = 0, hidden_size = 0,
+          group_rows = 0, repeat = 0;
   bool phases = false;
   string device;
   int num_sms = 0;
   // Every combination that makes sense is one row of the table.
-  std::vector<string> kinds, states, restores, references, transforms;
+  std::vector<string> kinds, states, restores, references, roundings, transforms;
   std::vector<double> max_errors, rates;
   std::vector<int64_t> codebook_sizes, max_clusters, refines;
   int64_t hashes = 0, hash_dim = 0;
@@ -54,7 +56,7 @@ struct BenchOptions {
 struct Case {
   string kind;
   CodecOptions codec;  // of a library's kind
-  std::optional<string> state, restore, reference, transform;
+  std::optional<string> state, restore, reference, rounding, transform;
   std::optional<double> max_error, rate;
   std::optional<int64_t> codebook_size, max_clusters, refine;
 
@@ -72,6 +74,7 @@ struct Case {
     if (max_clusters) text += " C" + std::to_string(*max_clusters);
     if (refine && *refine != CodecOptions().refine()) text += " refine " + std::to_string(*refine);
     if (reference == "group") text += " group";
+    if (rounding.value_or("nearest") != "nearest") text += " " + *rounding;
     return text;
   }
 };
@@ -104,7 +107,12 @@ at::Tensor load_rows(const BenchOptions& o) {
     LSHMOE_VALIDATE(o.synthetic_rows >= 1 && o.hidden_size >= 1, "--synthetic-rows ",
                     o.synthetic_rows, " and --hidden-size ", o.hidden_size, " must be 1 or more");
     at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(0);
-    return at::randn({o.synthetic_rows, o.hidden_size}, generator);
+    const at::Tensor noise = at::randn({o.synthetic_rows, o.hidden_size}, generator);
+    if (o.synthetic_clusters == 0) return noise;
+    const at::Tensor centres = at::randn({o.synthetic_clusters, o.hidden_size}, generator);
+    const at::Tensor id =
+        at::randint(o.synthetic_clusters, {o.synthetic_rows}, generator, at::kLong);
+    return centres.index_select(0, id).add_(noise, kClusterRadius);
   }
   const at::Tensor rows = read_npy(o.input);
   LSHMOE_VALIDATE(o.first_row >= 0 && o.first_row < rows.size(0), "--first-row ", o.first_row,
@@ -129,6 +137,18 @@ Rows split_rows(const BenchOptions& o) {
     rows.groups.push_back(std::min(left, o.group_rows));
   }
   return rows;
+}
+
+/// Those of --rounding that a kind has.
+std::vector<string> roundings_of(const string& kind, const BenchOptions& o) {
+  std::vector<string> own{"nearest"};
+  if (kind == "lsh") own.push_back("dithered");
+  if (kind == "fp8" || kind == "int8" || kind == "int4") own.push_back("stochastic");
+  std::vector<string> asked;
+  for (const string& rounding : o.roundings) {
+    if (std::find(own.begin(), own.end(), rounding) != own.end()) asked.push_back(rounding);
+  }
+  return asked;
 }
 
 /// kind lsh with these settings, as far as they apply; none for those that exclude each other.
@@ -160,11 +180,14 @@ std::vector<Case> lsh_cases(const BenchOptions& o) {
   const auto add_bounds = [&](Case c) {
     if (c.restore == "source") return add(c);
     for (const string& reference : o.references) {
-      for (const double max_error : o.max_errors) {
-        c.reference = reference;
-        c.max_error = max_error;
-        c.codec.error_reference(reference).max_error(max_error);
-        add(c);
+      for (const string& rounding : roundings_of(c.kind, o)) {
+        for (const double max_error : o.max_errors) {
+          c.reference = reference;
+          c.rounding = rounding;
+          c.max_error = max_error;
+          c.codec.error_reference(reference).rounding(rounding).max_error(max_error);
+          add(c);
+        }
       }
     }
   };
@@ -208,6 +231,14 @@ std::vector<Case> make_cases(const BenchOptions& o) {
     Case c;
     c.kind = kind;
     if (c.is_library()) c.codec.kind(kind);
+    if (kind == "fp8" || kind == "int8" || kind == "int4") {
+      for (const string& rounding : roundings_of(kind, o)) {
+        c.rounding = rounding;
+        c.codec.rounding(rounding);
+        cases.push_back(c);
+      }
+      continue;
+    }
     for (const double rate : o.rates) {
       if (has_rate(kind)) c.rate = rate;
       cases.push_back(c);
@@ -222,7 +253,7 @@ std::vector<Case> make_cases(const BenchOptions& o) {
   }
   LSHMOE_VALIDATE(!cases.empty(),
                   "no combination of these options makes sense (transform basis "
-                  "needs --state learned): give others");
+                  "needs --state learned; rounding dithered is lsh's): give others");
   return cases;
 }
 
@@ -433,6 +464,7 @@ Line report(const Case& c, const Result& result, const Rows& rows, const Result&
   json["encode_mb_s"] = or_null(speed(result.encode_seconds));
   json["decode_mb_s"] = or_null(speed(result.decode_seconds));
   json["error_reference"] = or_null(c.reference);
+  json["rounding"] = or_null(c.rounding);
   json["break_even_gbit_s_bf16"] = or_null(even_bf16);
   json["break_even_gbit_s_fp8"] = or_null(even_fp8);
   json["transform"] = or_null(c.transform);
@@ -578,12 +610,14 @@ po::typed_value<std::vector<T>>* list(std::vector<T>& variable, const std::vecto
 void add_options(OptionParser& parser, BenchOptions& o) {
   parser.group("Rows").add_options()(
       "input", po::value(&o.input)->value_name("FILE.npy")->default_value(kSynthetic),
-      "a 2-D array of float16, float32 or bfloat16; or synthetic: Gaussian rows")(
+      "a 2-D array of float16, float32 or bfloat16; or synthetic: Gaussian rows, always the same")(
       "first-row", po::value(&o.first_row)->default_value(0), "first row of the file to use")(
       "fit-rows", po::value(&o.fit_rows)->default_value(0),
       "rows from --first-row on that a learned state is fitted to; the rest is measured")(
       "synthetic-rows", po::value(&o.synthetic_rows)->default_value(4096), "rows of synthetic")(
       "hidden-size", po::value(&o.hidden_size)->default_value(384), "their length")(
+      "synthetic-clusters", po::value(&o.synthetic_clusters)->default_value(0),
+      "synthetic: rows near that many centres, at 0.3 of their norm; 0: no centres")(
       "group-rows", po::value(&o.group_rows)->default_value(1024),
       "rows of a group: what one rank sends another")(
       "dtype", po::value(&o.dtype)->default_value("as input"),
@@ -599,6 +633,8 @@ void add_options(OptionParser& parser, BenchOptions& o) {
           "restore", list<string>(o.restores, {"expert"}, "expert"), "lsh: expert or source")(
           "max-error", list<double>(o.max_errors, {0.1}, "0.1"), "lsh: bound of every row")(
           "error-reference", list<string>(o.references, {"row"}, "row"), "lsh: row or group")(
+          "rounding", list<string>(o.roundings, {"nearest"}, "nearest"),
+          "nearest; lsh: or dithered; fp8, int8, int4: or stochastic")(
           "transform", list<string>(o.transforms, {"channels"}, "channels"),
           "lsh: channels, or basis (learned)")("codebook-size",
                                                list<int64_t>(o.codebook_sizes, {1024}, "1024"),
@@ -630,6 +666,13 @@ void check(BenchOptions& o) {
                   " and --repeat ", o.repeat, " must be 1 or more");
   LSHMOE_VALIDATE(o.plot.empty() || o.plot.ends_with(".svg"), "--plot '", o.plot,
                   "' does not end in .svg (no other picture is written): name it so");
+  LSHMOE_VALIDATE(o.synthetic_clusters >= 0, "--synthetic-clusters ", o.synthetic_clusters,
+                  " must be 0 (none) or more");
+  for (const string& rounding : o.roundings) {
+    LSHMOE_VALIDATE(rounding == "nearest" || rounding == "dithered" || rounding == "stochastic",
+                    "unknown rounding '", rounding,
+                    "': use --rounding nearest, dithered or stochastic");
+  }
   for (const double rate : o.rates) {
     LSHMOE_VALIDATE(rate > 0 && rate <= 1, "--rate ", rate, " must be above 0 and at most 1");
   }
@@ -676,6 +719,7 @@ void bench_codec(int argc, const char* const* argv) {
   Case fp8;
   fp8.kind = "fp8";
   fp8.codec.kind("fp8");
+  fp8.codec.rounding("nearest");
   const Result fp8_result = measure_codec(fp8, rows, o.repeat, o.phases);
   const bool measured = o.phases || o.device == "cuda";
   const double bandwidth = measured ? copy_bandwidth(rows.x.device()) : 0;
@@ -683,7 +727,7 @@ void bench_codec(int argc, const char* const* argv) {
   string json;
   std::vector<PlotSeries> series;
   for (const Case& c : cases) {
-    const Result result = c.kind == "fp8"  ? fp8_result
+    const Result result = c.kind == "fp8" && c.rounding == "nearest" ? fp8_result
                           : c.is_library() ? measure_codec(c, rows, o.repeat, o.phases)
                                            : measure_format(c, rows);
     Line line = report(c, result, rows, fp8_result, bandwidth);

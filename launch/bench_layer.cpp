@@ -46,6 +46,8 @@ struct Measured {
   std::map<string, std::vector<double>> milliseconds;
   std::vector<string> phases;  // in order
   double bytes_sent = 0, bytes_raw = 0, plan_bytes = 0, max_error_ratio = 0;
+  int64_t state_version = 0;             // fits of the learned states, all directions
+  std::vector<double> fit_milliseconds;  // of the refreshes that fitted, warming up included
   [[nodiscard]] double ms(const string& phase) const {
     const auto at = milliseconds.find(phase);
     return at == milliseconds.end() ? 0 : median(at->second);
@@ -177,7 +179,7 @@ class Bench {
     times.emplace_back("experts", 1e3 * slowest(out.stats.expert_time->seconds()));
     times.emplace_back("codec", 1e3 * slowest(codec));
     times.emplace_back("exchange", 1e3 * slowest(wire));
-    layer->refresh_codecs();
+    refresh(layer, measured);
     return times;
   }
   Times run_reference(const Reference& reference) {
@@ -228,6 +230,16 @@ class Bench {
   double timed(Part part) {
     world_->barrier();
     return 1e3 * slowest(wall_time(part, device_));
+  }
+  void refresh(MoELayer& layer, Measured& measured) {
+    const double milliseconds = timed([&] { layer->refresh_codecs(); });
+    int64_t version = 0;
+    for (const Direction direction : {Direction::dispatch, Direction::combine,
+                                      Direction::combine_backward, Direction::dispatch_backward}) {
+      version += layer->dispatcher().state_stats(direction).version;
+    }
+    if (version != measured.state_version) measured.fit_milliseconds.push_back(milliseconds);
+    measured.state_version = version;
   }
   double slowest(double seconds) {
     world_->all_reduce(std::span<double>(&seconds, 1), ReduceOp::max, Purpose::control);
@@ -288,6 +300,10 @@ void report(const LayerBenchOptions& o, const std::vector<Measured>& all, int ra
     } else {
       std::printf(" %10s\n", "-");
     }
+    if (!one.fit_milliseconds.empty()) {
+      std::printf("  learned states: %zu fits between repetitions, %.3f ms each\n",
+                  one.fit_milliseconds.size(), median(one.fit_milliseconds));
+    }
 
     nlohmann::ordered_json json;
     json["variant"] = one.name;
@@ -301,6 +317,8 @@ void report(const LayerBenchOptions& o, const std::vector<Measured>& all, int ra
     json["top_k"] = o.top_k;
     json["repetitions"] = own.size();
     for (const string& phase : one.phases) json["ms"][phase] = one.ms(phase);
+    if (!one.fit_milliseconds.empty()) json["ms"]["fit"] = median(one.fit_milliseconds);
+    json["fits"] = one.fit_milliseconds.size();
     const auto [least, most] = std::minmax_element(own.begin(), own.end());
     json["ms"]["least"] = *least;
     json["ms"]["most"] = *most;

@@ -18,6 +18,11 @@ mpi_environment() {
   # Shared-memory copies by another process's address need a right that containers often lack.
   export OMPI_MCA_btl_vader_single_copy_mechanism=${OMPI_MCA_btl_vader_single_copy_mechanism:-none}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  # mpirun wants ssh even for ranks of this machine alone, and many containers have none. A command
+  # that fails serves for those; ranks elsewhere fail at once, as they would without it.
+  if [[ ! -x $(command -v ssh || command -v rsh) ]]; then
+    export OMPI_MCA_plm_rsh_agent=${OMPI_MCA_plm_rsh_agent:-false}
+  fi
   if ((EUID == 0)); then
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
   fi

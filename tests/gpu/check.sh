@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in under nine minutes: the CUDA tests and the GPU benchmarks, from a build
+# All that needs a GPU, in under eight minutes (--quick: in two and a half): the CUDA tests and the GPU benchmarks, from a build
 # folder or from a pack (pack.sh). Writes check.json and check.txt; check.py says how it ends.
 #
-#   tests/gpu/check.sh [--build DIR | --pack FILE.tar.gz] [--out DIR] [--list]
+#   tests/gpu/check.sh [--build DIR | --pack FILE.tar.gz] [--out DIR] [--list] [--quick]
 #                      [--sanitizer memcheck|racecheck|initcheck|synccheck] [--only TEXT]
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

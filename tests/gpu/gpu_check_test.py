@@ -5,6 +5,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -19,8 +20,57 @@ import check  # noqa: E402
 BUILD = sys.argv.pop(1)
 
 
+# A driver of one GPU, as far as check.py asks it.
+DRIVER = """
+#include <string.h>
+int cuInit(unsigned flags) { return (int)flags; }
+int cuDeviceGetCount(int* count) { return *count = 1, 0; }
+int cuDeviceGetName(char* name, int size, int device) { strncpy(name, "Fake", size); return device; }
+"""
+# Prints what a program started with its environment finds of that driver.
+SEES = """
+#include <dlfcn.h>
+#include <stdio.h>
+int main(void) {
+  int (*count)(int*) = 0;
+  void* driver = dlopen("libcuda.so.1", RTLD_NOW);
+  int gpus = 0;
+  if (driver) count = (int (*)(int*))dlsym(driver, "cuDeviceGetCount");
+  if (!count) return puts("no driver"), 77;
+  count(&gpus);
+  return printf("%d GPU\\n", gpus), 0;
+}
+"""
+
+
 def run(*command, **options):
     return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def compiled(source, target, *flags):
+    subprocess.run(["gcc", "-x", "c", "-", "-o", target, *flags], input=source, text=True, check=True)
+    return target
+
+
+def driver_in(folder):
+    os.makedirs(folder, exist_ok=True)
+    compiled(DRIVER, os.path.join(folder, "libcuda.so.1"), "-shared", "-fPIC")
+    return folder
+
+
+def report_in(folder):
+    with open(os.path.join(folder, "check.json")) as file:
+        return json.load(file)
+
+
+def without_ssh(command):
+    """The command in a mount namespace where neither ssh nor rsh can be started."""
+    hide = "for name in ssh rsh; do program=$(command -v $name) || continue; " \
+           "mount --bind \"$1\" \"$(readlink -f \"$program\")\"; done; shift; exec \"$@\""
+    empty = tempfile.NamedTemporaryFile()
+    job = run("unshare", "-m", "sh", "-c", hide, "sh", empty.name, *command)
+    empty.close()
+    return job
 
 
 class Pack(unittest.TestCase):
@@ -29,14 +79,17 @@ class Pack(unittest.TestCase):
             file = os.path.join(folder, "pack.tar.gz")
             packed = run(os.path.join(HERE, "pack.sh"), BUILD, file)
             self.assertEqual(packed.returncode, 0, packed.stdout + packed.stderr)
-            self.assertLess(os.path.getsize(file), 64 << 20)
+            self.assertLess(os.path.getsize(file), 56 << 20)
 
             listed = run(os.path.join(HERE, "check.sh"), "--pack", file, "--list")
             self.assertEqual(listed.returncode, 0, listed.stderr)
             items = [json.loads(line) for line in listed.stdout.splitlines()]
             names = {item["name"] for item in items}
             self.assertIn("compress/cuda_codec_1", names)
-            self.assertLessEqual({"bench/codec", "bench/layer"}, names)
+            self.assertLessEqual(set(check.FIRST), names)
+            self.assertEqual([item["name"] for item in items[:len(check.FIRST)]], check.FIRST)
+            self.assertEqual(items[0]["kind"], "probe")
+            self.assertLessEqual(max(item["seconds"] for item in items[:4]), 90)
             for item in items:
                 for part in item["command"]:
                     # All it names is in the pack, or on the other machine too.
@@ -53,6 +106,9 @@ class Pack(unittest.TestCase):
                 report = json.load(report)
             self.assertIsNone(report["gpu"])
             self.assertEqual({item["name"] for item in report["items"]}, names)
+            probe = report["items"].pop(0)
+            self.assertEqual(probe["status"], "skipped")
+            self.assertIn("0 GPUs", probe["reason"])
             for item in report["items"]:
                 if item["kind"] == "benchmark":
                     self.assertEqual(item["status"], "skipped", item)
@@ -68,6 +124,147 @@ class Pack(unittest.TestCase):
                 self.assertNotIn("CudaCodec.FixedKinds", item["tests"]["passed"])
             with open(os.path.join(out, "check.txt")) as text:
                 self.assertIn("no GPU: skipped", text.read())
+
+            # A driver that names a GPU which no CUDA program can use.
+            driver = driver_in(os.path.join(folder, "driver"))
+            checked = run(os.path.join(HERE, "check.sh"), "--pack", file, "--out", out,
+                          env={**os.environ, "LD_LIBRARY_PATH": driver})
+            self.assertEqual(checked.returncode, 2, checked.stdout + checked.stderr)
+            report = report_in(out)
+            self.assertEqual([item["name"] for item in report["items"]], ["gpu/probe"])
+            self.assertRegex(report["verdict"], "not started: the driver names 1 x Fake, but .*cuda")
+
+            if os.geteuid() != 0:
+                self.skipTest("not root: ssh cannot be hidden")
+            checked = without_ssh([os.path.join(HERE, "check.sh"), "--pack", file, "--out", out,
+                                   "--only", "comm/device_2"])
+            self.assertEqual(checked.returncode, check.NO_GPU, checked.stdout + checked.stderr)
+            self.assertEqual([len(item["tests"]["passed"]) > 0 for item in report_in(out)["items"]
+                              if item["kind"] == "test"], [True])
+
+
+class WithoutSsh(unittest.TestCase):
+    def test_ranks_of_this_machine(self):
+        if os.geteuid() != 0:
+            self.skipTest("not root: ssh cannot be hidden")
+        common = os.path.join(HERE, "..", "..", "launch", "common.sh")
+        job = "unset OMPI_MCA_plm_rsh_agent; {} timeout 20 mpirun {} true"
+        here = f". '{common}'; mpi_environment;"
+        for prepare, args, want in (("", "-n 2", False), (here, "-n 2", True),
+                                    (here, "--host localhost,elsewhere -n 2", False)):
+            done = without_ssh(["bash", "-c", job.format(prepare, args)])
+            self.assertEqual(done.returncode == 0, want, done.stderr)
+            self.assertNotEqual(done.returncode, 124, "mpirun waits for a host that it cannot reach")
+        # Where there is ssh, the variable stays as it is.
+        if shutil.which("ssh"):
+            done = run("bash", "-c", f"unset OMPI_MCA_plm_rsh_agent; {here} env")
+            self.assertNotIn("plm_rsh_agent", done.stdout)
+
+
+class Machine(unittest.TestCase):
+    """check.py on a pack of small programs, beside a driver that names one GPU."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+        self.pack = os.path.join(self.folder, "pack")
+        self.out = os.path.join(self.folder, "out")
+        os.makedirs(os.path.join(self.pack, "bin"))
+        self.probe = compiled(SEES, os.path.join(self.pack, "bin", "lshmoe-bench"))
+        self.driver = driver_in(os.path.join(self.folder, "driver"))
+        self.items = [self.item("gpu/probe", "probe", [self.probe])]
+
+    def item(self, name, kind, command):
+        return {"name": name, "kind": kind, "command": command, "seconds": 20, "environment": []}
+
+    def script(self, name, text, kind="test"):
+        self.items.append(self.item(name, kind, ["sh", "-c", text, "{json}"]))
+
+    def check(self, *args, environment=None, before="pass"):
+        """(exit status, report) of check.py, with Python before its start."""
+        with open(os.path.join(self.pack, "items.json"), "w") as file:
+            json.dump(self.items, file)
+        program = f"import sys; sys.path.insert(0, {HERE!r}); sys.dont_write_bytecode = True; " \
+                  f"import check; {before}; sys.exit(check.main())"
+        if environment is None:
+            environment = {"LD_LIBRARY_PATH": self.driver}
+        job = run(sys.executable, "-c", program, "--pack", self.pack, "--out", self.out, *args,
+                  env={**os.environ, **environment})
+        self.assertIn(job.returncode, (0, 1, 2, check.NO_GPU), job.stdout + job.stderr)
+        self.assertTrue(os.path.exists(self.out), job.stdout + job.stderr)
+        return job.returncode, report_in(self.out)
+
+    def test_programs_find_the_driver_where_the_machine_says(self):
+        self.script("t", "echo '[       OK ] A.b (1 ms)'; " + self.probe)
+        code, report = self.check()
+        self.assertEqual((code, report["gpu"]), (0, "1 x Fake"), report)
+        self.assertEqual(report["items"][0]["reason"], "1 GPU")
+
+    def test_programs_find_the_driver_in_the_usual_folders(self):
+        hidden = {"LD_LIBRARY_PATH": "/nowhere"}
+        code, report = self.check(environment=hidden, before=f"check.DRIVER_FOLDERS = ({self.driver!r},)")
+        self.assertEqual((code, report["items"][0]["reason"]), (0, "1 GPU"), report)
+        # That of the toolkit where nothing else has one.
+        before = f"check.DRIVER_FOLDERS = (); check.COMPAT_FOLDER = {self.driver!r}"
+        code, report = self.check(environment=hidden, before=before)
+        self.assertEqual((code, report["items"][0]["reason"]), (0, "1 GPU"), report)
+
+    def test_ends_where_programs_cannot_use_the_gpu(self):
+        self.script("t", "echo '[       OK ] A.b (1 ms)'")
+        for probe in ("echo too old; exit 1", "echo no GPU; exit 77", "sleep 60"):
+            self.items[0] = {**self.item("gpu/probe", "probe", ["sh", "-c", probe]), "seconds": 1}
+            code, report = self.check()
+            self.assertEqual((code, len(report["items"])), (2, 1), report)
+            self.assertIn("not started: the driver names 1 x Fake", report["verdict"])
+        # The kernel has a GPU, and there is no driver.
+        before = f"check.DRIVER_FOLDERS = (); check.DEVICE_NODES = {self.probe!r}"
+        code, report = self.check(environment={"LD_LIBRARY_PATH": ""}, before=before)
+        self.assertEqual((code, report["items"]), (2, []))
+        self.assertIn("but no libcuda.so.1 was found", report["verdict"])
+
+    def test_reports_after_each_item(self):
+        look = f"echo '[       OK ] A.b (1 ms)'; cp {self.out}/check.json {self.folder}/seen; " \
+               f"grep -q 'passed *gpu/probe' {self.out}/check.txt"
+        self.script("t", look)
+        code, report = self.check()
+        self.assertEqual(code, 0, report)
+        with open(os.path.join(self.folder, "seen")) as file:
+            seen = json.load(file)
+        self.assertEqual([item["name"] for item in seen["items"]], ["gpu/probe"])
+        self.assertIn("cut off", seen["verdict"])
+        self.assertEqual(report["verdict"], "passed")
+
+    def test_what_skips_beside_a_gpu_failed(self):
+        skipped = "echo '{}'; echo '[  SKIPPED ] A.c (0 ms)'; "
+        passed = "echo '[       OK ] A.b (1 ms)'; "
+        few = "h has 1 GPUs for its 2 ranks (each rank takes one of its own)"
+        for text, want in ((skipped.format("no CUDA device") + "exit 77", "failed"),
+                           (skipped.format("not today") + "exit 77", "failed"),
+                           (passed + skipped.format("no GPU: none here"), "failed"),
+                           (passed + skipped.format("not today"), "passed"),
+                           (skipped.format("there is a GPU") + skipped.format(few) + "exit 77",
+                            "skipped")):
+            self.script("t", text)
+            code, report = self.check()
+            self.assertEqual(report["items"][1]["status"], want, text)
+            self.assertEqual(code, 1 if want == "failed" else 0)
+            code, report = self.check(environment={"LD_LIBRARY_PATH": ""},
+                                      before="check.DRIVER_FOLDERS = ()")
+            self.assertEqual((code, report["verdict"]), (check.NO_GPU, "no GPU: skipped"))
+            self.items.pop()
+
+    def test_quick(self):
+        for name in "abcd":
+            self.script(name, "echo '[       OK ] A.b (1 ms)'")
+        code, report = self.check("--quick")
+        self.assertEqual([item["name"] for item in report["items"]], ["gpu/probe", "a", "b", "c"])
+        self.assertEqual(code, 0)
+        self.assertEqual(check.FIRST[:check.QUICK_ITEMS],
+                         ["gpu/probe", "kernels/cuda_device_1", "compress/cuda_codec_1",
+                          "bench/codec"])
+        self.assertLessEqual(check.QUICK_SECONDS, 150)
+        self.assertLess(check.BUDGET_SECONDS, 8 * 60)
 
 
 class Judgement(unittest.TestCase):

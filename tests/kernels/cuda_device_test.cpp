@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdlib>
+#include <map>
 #include <new>
 #include <vector>
 
@@ -18,26 +19,41 @@
 namespace lshmoe::kernels {
 namespace {
 
-/// Memory that the GPU and the CPU see.
+/// Memory of the host that the GPU sees too, at the same address. Not managed memory: that needs
+/// page faults of the GPU, which not every virtual machine has. What is given back is kept for the
+/// next of that size: the driver takes long for each of many thousands.
 template <class T>
-struct ManagedAllocator {
+struct MappedAllocator {
   using value_type = T;
-  ManagedAllocator() = default;
+  MappedAllocator() = default;
   template <class U>
-  ManagedAllocator(const ManagedAllocator<U>&) {}
+  MappedAllocator(const MappedAllocator<U>&) {}
   T* allocate(std::size_t count) {
+    std::vector<void*>& kept = kept_of(count * sizeof(T));
     void* memory = nullptr;
-    if (cudaMallocManaged(&memory, count * sizeof(T)) != cudaSuccess) throw std::bad_alloc();
+    if (!kept.empty()) {
+      memory = kept.back();
+      kept.pop_back();
+    } else if (cudaHostAlloc(&memory, count * sizeof(T),
+                             cudaHostAllocMapped | cudaHostAllocPortable) != cudaSuccess) {
+      throw std::bad_alloc();
+    }
     return static_cast<T*>(memory);
   }
-  void deallocate(T* memory, std::size_t) { cudaFree(memory); }
+  void deallocate(T* memory, std::size_t count) { kept_of(count * sizeof(T)).push_back(memory); }
   template <class U>
-  bool operator==(const ManagedAllocator<U>&) const {
+  bool operator==(const MappedAllocator<U>&) const {
     return true;
+  }
+
+ private:
+  static std::vector<void*>& kept_of(std::size_t bytes) {
+    static std::map<std::size_t, std::vector<void*>> kept;
+    return kept[bytes];
   }
 };
 template <class T>
-using Vector = std::vector<T, ManagedAllocator<T>>;
+using Vector = std::vector<T, MappedAllocator<T>>;
 
 const char* why_not() {
   // Read when the driver starts: the launchers return when their kernels have ended.

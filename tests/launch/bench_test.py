@@ -16,7 +16,7 @@ import xml.etree.ElementTree
 
 PROGRAM = sys.argv.pop(1)
 KEYS = ("kind state restore max_error rows hidden bits_per_element mean_error p99_error "
-        "max_error_seen encode_mb_s decode_mb_s error_reference break_even_gbit_s_bf16 "
+        "max_error_seen encode_mb_s decode_mb_s error_reference rounding break_even_gbit_s_bf16 "
         "break_even_gbit_s_fp8 transform codebook_size state_bytes rows_to_amortise_1pct "
         "clusters").split()
 HEADER = 40  # bytes of a parcel before its rows
@@ -179,6 +179,36 @@ class BenchTest(unittest.TestCase):
         self.assertGreater(group["max_error_seen"], 0.1)
         self.assertLess(group["bits_per_element"], row["bits_per_element"])
 
+    def test_roundings(self):
+        lines = self.measure(["--synthetic-rows", "600", "--hidden-size", "64", "--kind", "bf16",
+                              "fp8", "int8", "lsh", "--rounding", "nearest", "dithered",
+                              "stochastic", "--error-reference", "row", "group"])
+        self.assertEqual(
+            [(line["kind"], line["rounding"], line["error_reference"]) for line in lines],
+            [("bf16", None, None), ("fp8", "nearest", None), ("fp8", "stochastic", None),
+             ("int8", "nearest", None), ("int8", "stochastic", None),
+             ("lsh", "nearest", "row"), ("lsh", "dithered", "row"),
+             ("lsh", "nearest", "group"), ("lsh", "dithered", "group")])
+        # By chance to either neighbour: twice the mean square of the nearest.
+        for nearest, stochastic in (lines[1:3], lines[3:5]):
+            ratio = stochastic["mean_error"] / nearest["mean_error"]
+            self.assertAlmostEqual(ratio, math.sqrt(2), delta=0.05)
+        for nearest, dithered in (lines[5:7], lines[7:9]):
+            self.assertNotEqual(nearest["mean_error"], dithered["mean_error"])
+            self.assertLessEqual(dithered["max_error_seen"], 0.1)
+
+    def test_synthetic_clusters(self):
+        size = ["--synthetic-rows", "1024", "--hidden-size", "128", "--kind", "lsh"]
+        plain, = self.measure(size)
+        near, = self.measure([*size, "--synthetic-clusters", "8"])
+        self.assertEqual(plain["clusters"], 0)
+        self.assertGreaterEqual(near["clusters"], 8)
+        # Residuals of 0.3: log2(sqrt(1 + 0.3 ** 2) / 0.3) bits fewer, less the centroids'.
+        saved = plain["bits_per_element"] - near["bits_per_element"]
+        self.assertTrue(1.0 < saved < 1.8, saved)
+        again, = self.measure([*size, "--synthetic-clusters", "8"])
+        self.assertEqual(again["bits_per_element"], near["bits_per_element"])
+
     def test_dropping_and_centroids(self):
         draw = random.Random(5)
         four = gaussian(4, 32)
@@ -285,6 +315,9 @@ class BenchTest(unittest.TestCase):
                 (["--kind", "fp9"], "unknown codec kind 'fp9'"),
                 (["--kind", "drop", "--rate", "0"], "must be above 0"),
                 (["--dtype", "fp16"], "unknown dtype 'fp16'"),
+                (["--rounding", "up"], "unknown rounding 'up'"),
+                (["--kind", "lsh", "--rounding", "stochastic"], "no combination"),
+                (["--synthetic-clusters", "-1"], "must be 0 (none) or more"),
                 (["--json", "/nowhere/x.json"], "/nowhere")):
             job = self.run_bench(["--input", source, "--repeat", "1", *args])
             self.assertEqual(job.returncode, 1, args)
@@ -326,6 +359,16 @@ class LayerTest(unittest.TestCase):
         self.assertGreater(lsh["ms"]["codec"], plain["ms"]["codec"])
         self.assertTrue(0 < lsh["max_error_ratio"] <= 1)
         self.assertIsNone(plain["break_even_gbit_s"])
+        self.assertEqual((lsh["fits"], "fit" in lsh["ms"]), (0, False))
+
+    def test_learned_state(self):
+        for ranks in 1, 2:
+            lines, text = self.measure(["--compress", "lsh", "--codec-on-self", "--codec-state",
+                                        "learned"], ranks)
+            # Of four refreshes the first, the second and the last fit.
+            self.assertEqual([line["fits"] for line in lines[:2]], [0, 3])
+            self.assertGreater(lines[1]["ms"]["fit"], 0)
+            self.assertIn("learned states: 3 fits between repetitions", text)
 
     def test_two_ranks(self):
         lines, _ = self.measure(["--compress", "fp8"], ranks=2)

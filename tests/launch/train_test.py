@@ -300,7 +300,9 @@ class Gpu(TrainTest):
     def setUp(self):
         super().setUp()
         self.gpus = len([name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)])
-        _, output, _ = self.run_job(["--data", self.text, "--device", "cuda", "--steps", "0"])
+        # The first start on a machine reads some gigabytes of libraries from its disk.
+        _, output, _ = self.run_job(["--data", self.text, "--device", "cuda", "--steps", "0"],
+                                    limit=120)
         self.built = "built without CUDA" not in output
 
     def refused(self, args, ranks, text):
