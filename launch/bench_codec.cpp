@@ -652,7 +652,8 @@ void add_options(OptionParser& parser, BenchOptions& o) {
       "num-sms", po::value(&o.num_sms)->default_value(0),
       "cuda: multiprocessors that the codec's kernels may fill (8 blocks each); 0: all");
   parser.group("Output").add_options()("json", po::value(&o.json)->value_name("FILE"),
-                                       "one object a line for each row of the table")(
+                                       "one object a line for each row of the table; /dev/stdout: "
+                                       "the table goes to standard error")(
       "plot", po::value(&o.plot)->value_name("FILE.svg"),
       "a picture: bits per element against mean relative error")(
       "phases", po::bool_switch(&o.phases),
@@ -700,6 +701,7 @@ void bench_codec(int argc, const char* const* argv) {
   add_options(parser, o);
   if (!parser.parse(argc, argv)) return;
   check(o);
+  o.json = with_stdout_to_itself(o.json);
   const std::vector<Case> cases = make_cases(o);
   at::set_num_threads(1);
   const Rows rows = split_rows(o);

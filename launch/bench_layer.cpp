@@ -410,7 +410,8 @@ void add_options(OptionParser& parser, LayerBenchOptions& o) {
       "codec-on-self", po::bool_switch(&o.codec_on_self),
       "rows for the own rank pass the codec too: its time on one rank");
   parser.group("Output").add_options()("json", po::value(&o.json)->value_name("FILE"),
-                                       "one object a line for each line of the table");
+                                       "one object a line for each line of the table; "
+                                       "/dev/stdout: the table goes to standard error");
 }
 
 void check(LayerBenchOptions& o) {
@@ -434,6 +435,7 @@ int bench_layer(int argc, char** argv) {
     add_options(parser, o);
     if (!parser.parse(argc, argv)) return 0;
     check(o);
+    o.json = with_stdout_to_itself(o.json);
   } catch (const std::exception& error) {
     log_error(error.what());
     return 1;

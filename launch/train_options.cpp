@@ -103,8 +103,9 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
           "the codec's options and --capacity-factor of one setting, in one argument; repeatable, "
           "the first is the reference (default: 17 settings of about equal bytes in groups)");
   parser.group("launch: output")
-      .add_options()("metrics", po::value(&o.metrics)->value_name("FILE"),
-                     "one JSON object a step (rank 0)")(
+      .add_options()(
+          "metrics", po::value(&o.metrics)->value_name("FILE"),
+          "one JSON object a step (rank 0); /dev/stdout: all else goes to standard error")(
           "trace", po::value(&o.trace)->value_name("FILE"),
           "a trace per rank for the Perfetto UI; for runs of few steps")(
           "nvtx", po::bool_switch(&o.nvtx),

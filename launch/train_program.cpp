@@ -2,6 +2,7 @@
 
 #include <cstdio>
 #include <exception>
+#include <filesystem>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -11,6 +12,7 @@
 #include "lshmoe/launch/study.hpp"
 #include "lshmoe/launch/trainer.hpp"
 #include "lshmoe/runtime/error.hpp"
+#include "lshmoe/runtime/files.hpp"
 #include "lshmoe/runtime/log.hpp"
 #include "lshmoe/runtime/memory.hpp"
 #include "lshmoe/runtime/signals.hpp"
@@ -65,8 +67,15 @@ void run(Session& session, TrainOptions options, const OpenData& open_data, cons
   together(*world, [&] {
     validate(options, world->size());
     if (options.study) validate_study(options, world->size());
+    options.metrics = with_stdout_to_itself(options.metrics);
     data = open_data(options);
     if (!options.trace.empty()) {
+      std::error_code none;
+      LSHMOE_VALIDATE(world->size() == 1 || !(options.trace.starts_with("/dev/") ||
+                                              std::filesystem::is_other(options.trace, none)),
+                      "trace '", options.trace, "' is no file (each of the ", world->size(),
+                      " ranks writes one of its own, named after it): name a file");
+      if (world->size() == 1) options.trace = with_stdout_to_itself(options.trace);
       trace.emplace(trace_path(options.trace, world->rank(), world->size()));
     }
     if (options.nvtx) nvtx.emplace();

@@ -4,8 +4,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <array>
 #include <cerrno>
+#include <charconv>
+#include <climits>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <optional>
 
 #include "lshmoe/runtime/error.hpp"
 
@@ -27,7 +33,93 @@ class Descriptor {
   int fd_;
 };
 
+/// Everything before the last slash, or the folder that a name without one is in.
+std::string folder_of(const std::string& path) {
+  const std::size_t slash = path.find_last_of('/');
+  if (slash == std::string::npos) return ".";
+  return slash == 0 ? "/" : path.substr(0, slash);
+}
+
+std::string real_path(const std::string& path) {
+  const std::unique_ptr<char, decltype(&std::free)> real(::realpath(path.c_str(), nullptr),
+                                                         &std::free);
+  return real ? real.get() : path;
+}
+
+/// Where a path leads to.
+struct Target {
+  std::string path;                   // no symbolic link; perhaps not there
+  std::optional<int> own_descriptor;  // /dev/stdout, /dev/fd/3: opened by this process already
+};
+
+/// Follows the links that the last name of a path is. Throws Error where they do not end.
+Target follow(const std::string& path) {
+  static const std::string own_descriptors = real_path("/proc/self/fd");
+  Target target{path, std::nullopt};
+  for (int links = 0; links < 40; ++links) {
+    const std::string name = target.path.substr(target.path.find_last_of('/') + 1);
+    if (real_path(folder_of(target.path)) == own_descriptors) {
+      int descriptor = 0;
+      const auto end = std::from_chars(name.data(), name.data() + name.size(), descriptor);
+      if (end.ec == std::errc{} && end.ptr == name.data() + name.size()) {
+        target.own_descriptor = descriptor;
+        return target;
+      }
+    }
+    std::array<char, PATH_MAX> link{};
+    const ssize_t length = ::readlink(target.path.c_str(), link.data(), link.size());
+    if (length < 0) return target;
+    const std::string next(link.data(), static_cast<std::size_t>(length));
+    target.path = next.starts_with('/') ? next : folder_of(target.path) + "/" + next;
+  }
+  throw Error(detail::message("cannot write '", path, "'", why_not_written(ELOOP)));
+}
+
+/// Writes everything; false with errno.
+bool write_all(int fd, std::span<const char> bytes) {
+  while (!bytes.empty()) {
+    const ssize_t put = ::write(fd, bytes.data(), bytes.size());
+    if (put < 0 && errno == EINTR) continue;
+    if (put < 0) return false;
+    bytes = bytes.subspan(static_cast<std::size_t>(put));
+  }
+  return true;
+}
+
+/// To a temporary beside it, which gets the mode and the owner of what it replaces (`old`; null: a
+/// new file). False with errno: nothing is changed.
+bool replace(const std::string& path, const struct stat* old, std::span<const char> bytes) {
+  const std::string temporary = path + ".tmp" + std::to_string(::getpid());
+  ::unlink(temporary.c_str());  // of a process of that number that was killed
+  const Descriptor file(
+      ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, old ? 0600 : 0666));
+  if (file.get() < 0) return false;
+  // The mode last: a change of owner takes bits from it.
+  if ((old == nullptr || (::fchown(file.get(), old->st_uid, old->st_gid) == 0 &&
+                          ::fchmod(file.get(), old->st_mode & 07777) == 0)) &&
+      write_all(file.get(), bytes) && ::fsync(file.get()) == 0 &&
+      ::rename(temporary.c_str(), path.c_str()) == 0) {
+    return true;
+  }
+  const int error = errno;
+  ::unlink(temporary.c_str());
+  errno = error;
+  return false;
+}
+
 }  // namespace
+
+std::string why_not_written(int error) {
+  const char* advice = "check the path and the disk";
+  if (error == ENOSPC || error == EDQUOT) advice = "free some disk space";
+  if (error == ENOENT || error == ENOTDIR) advice = "name a file in a folder that exists";
+  if (error == EACCES || error == EPERM || error == EROFS) {
+    advice = "choose a file and a folder that you may write to";
+  }
+  if (error == EISDIR) advice = "name a file in it";
+  if (error == EPIPE) advice = "keep what reads it running";
+  return detail::message(" (", std::strerror(error), "): ", advice);
+}
 
 std::size_t append_file(const std::string& path, std::string& out) {
   const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
@@ -59,26 +151,54 @@ std::string read_file(const std::string& path) {
 }
 
 void write_file_atomically(const std::string& path, std::span<const char> bytes) {
-  const std::string temporary = path + ".tmp" + std::to_string(::getpid());
-  const auto fail = [&](const char* what) {
-    const std::string reason = std::strerror(errno);
-    ::unlink(temporary.c_str());
-    throw Error(detail::message(what, " '", path, "' failed (", reason,
-                                "): check that its folder exists, is writable and has space"));
+  const Target target = follow(path);
+  const auto fail = [&](int error) {
+    throw Error(detail::message("cannot write '", path, "'", why_not_written(error)));
   };
-  {
-    const Descriptor file(
-        ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
-    if (file.get() < 0) fail("creating");
-    while (!bytes.empty()) {
-      const ssize_t put = ::write(file.get(), bytes.data(), bytes.size());
-      if (put < 0 && errno == EINTR) continue;
-      if (put < 0) fail("writing");
-      bytes = bytes.subspan(static_cast<std::size_t>(put));
-    }
-    if (::fsync(file.get()) != 0) fail("syncing");
+  if (target.own_descriptor) {
+    if (!write_all(*target.own_descriptor, bytes)) fail(errno);
+    return;
   }
-  if (::rename(temporary.c_str(), path.c_str()) != 0) fail("renaming to");
+  struct stat old {};
+  const bool exists = ::stat(target.path.c_str(), &old) == 0;
+  if (!exists || S_ISREG(old.st_mode)) {
+    // Renaming would go past a file's own permissions, and would part it from its other names.
+    if (exists && ::faccessat(AT_FDCWD, target.path.c_str(), W_OK, AT_EACCESS) != 0) fail(errno);
+    if ((!exists || old.st_nlink == 1) && replace(target.path, exists ? &old : nullptr, bytes)) {
+      return;
+    }
+    // Another user's file or folder: in place, or not at all.
+    if (!exists || (old.st_nlink == 1 && errno != EPERM && errno != EACCES)) fail(errno);
+  }
+  const Descriptor file(::open(
+      target.path.c_str(), O_WRONLY | O_CLOEXEC | O_NOCTTY | (S_ISREG(old.st_mode) ? O_TRUNC : 0)));
+  if (file.get() < 0 || !write_all(file.get(), bytes)) fail(errno);
+  if (S_ISREG(old.st_mode) && ::fsync(file.get()) != 0) fail(errno);
+}
+
+std::FILE* open_to_write(const std::string& path) {
+  const Target target = follow(path);
+  std::FILE* file = nullptr;
+  if (target.own_descriptor) {
+    const int copy = ::fcntl(*target.own_descriptor, F_DUPFD_CLOEXEC, 0);
+    file = copy < 0 ? nullptr : ::fdopen(copy, "w");
+  } else {
+    file = std::fopen(target.path.c_str(), "we");
+  }
+  if (file == nullptr) {
+    throw InvalidArgument(detail::message("cannot write '", path, "'", why_not_written(errno)));
+  }
+  return file;
+}
+
+std::string with_stdout_to_itself(const std::string& path) {
+  if (path.empty() || follow(path).own_descriptor != STDOUT_FILENO) return path;
+  std::fflush(stdout);
+  const int copy = ::fcntl(STDOUT_FILENO, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
+  if (copy < 0 || ::dup2(STDERR_FILENO, STDOUT_FILENO) < 0) {
+    throw Error(detail::message("cannot write '", path, "'", why_not_written(errno)));
+  }
+  return "/proc/self/fd/" + std::to_string(copy);
 }
 
 }  // namespace lshmoe

@@ -1,6 +1,7 @@
 #pragma once
 // Whole files in and out, with errors that name the file and the reason.
 
+#include <cstdio>
 #include <span>
 #include <string>
 
@@ -12,8 +13,25 @@ namespace lshmoe {
 /// Appends the bytes of a file to `out`; returns their number. Throws as read_file.
 std::size_t append_file(const std::string& path, std::string& out);
 
-/// Writes a file so that a crash leaves the old one or the new one, never a part: to a temporary
-/// beside it, synced, then renamed. Throws Error with the path and the system's reason.
+/// Writes a whole file so that a crash leaves the old one or the new one, never a part: to a
+/// temporary beside it, synced, then renamed. Symbolic links are followed, also to a file that is
+/// not there yet. An existing file keeps its mode and its owner; one whose owner a new file cannot
+/// get, or that has several names, is overwritten where it is. What is no regular file (a device, a
+/// pipe, /dev/stdout) is opened and written; that waits for a reader where the system does. Throws
+/// Error with the path, the system's reason and what to do.
 void write_file_atomically(const std::string& path, std::span<const char> bytes);
+
+/// Opens a file that is written bit by bit: truncates or creates a regular one and follows links;
+/// of what this process has opened already (/dev/stdout, /dev/fd/3) it goes on where that stands.
+/// The caller closes it. Throws InvalidArgument as above.
+[[nodiscard]] std::FILE* open_to_write(const std::string& path);
+
+/// For a path that leads to this process's standard output: from now on everything else that is
+/// printed there goes to standard error, and the path returned leads to the standard output of
+/// before. Any other path is returned as it is. Local; before other threads print.
+[[nodiscard]] std::string with_stdout_to_itself(const std::string& path);
+
+/// " (the system's reason): what to do" for an errno of opening or writing a file.
+[[nodiscard]] std::string why_not_written(int error);
 
 }  // namespace lshmoe

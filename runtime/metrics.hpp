@@ -12,12 +12,12 @@ namespace lshmoe {
 /// lines. Make it on rank 0 only.
 class MetricsWriter {
  public:
-  /// Truncates or creates `path`. Throws InvalidArgument with the reason when that fails.
+  /// Opens `path` by open_to_write: throws InvalidArgument with the reason when that fails.
   explicit MetricsWriter(const std::string& path);
 
   /// Appends one object; numbers that are not finite become null (JSON has no NaN). Numbers keep
-  /// all their bits: reading a double back gives the same double. Throws Error when the disk is
-  /// full.
+  /// all their bits: reading a double back gives the same double. Throws Error with the
+  /// reason when that fails (the disk is full, a reader has gone).
   void write(const nlohmann::ordered_json& record);
 
  private:

@@ -1,14 +1,15 @@
 #include "lshmoe/runtime/trace.hpp"
 
 #include <torch/csrc/autograd/profiler_kineto.h>
+#include <unistd.h>
 
-#include <cerrno>
-#include <cstring>
-#include <fstream>
+#include <cstdio>
+#include <filesystem>
 #include <set>
 #include <unordered_set>
 
 #include "lshmoe/runtime/error.hpp"
+#include "lshmoe/runtime/files.hpp"
 
 namespace lshmoe {
 namespace {
@@ -28,9 +29,9 @@ std::string trace_path(const std::string& path, int rank, int world_size) {
 }
 
 TraceSession::TraceSession(std::string path) : path_(std::move(path)) {
-  const std::ofstream probe(path_);
-  LSHMOE_VALIDATE(probe.good(), "cannot write a trace to '", path_, "' (", std::strerror(errno),
-                  "): choose a path in a folder that exists and is writable");
+  // A reader of a pipe would take an early opening for all there is.
+  std::error_code none;
+  if (!std::filesystem::is_fifo(path_, none)) std::fclose(open_to_write(path_));
   const std::set<impl::ActivityType> activities = {impl::ActivityType::CPU};
   const impl::ProfilerConfig config(impl::ProfilerState::KINETO);
   prof::prepareProfiler(config, activities);
@@ -51,12 +52,18 @@ void TraceSession::write() {
   LSHMOE_ASSERT(recording_);
   recording_ = false;
   const auto result = prof::disableProfiler();
-  result->save(path_);
-  std::ifstream written(path_, std::ios::ate);
-  if (!written.good() || written.tellg() <= 0) {
-    throw Error(detail::message("torch's profiler wrote no trace to '", path_,
+  // The profiler knows regular files only.
+  const auto temporary = std::filesystem::temp_directory_path() /
+                         ("lshmoe-trace." + std::to_string(::getpid()) + ".json");
+  result->save(temporary.string());
+  std::error_code no_file;
+  if (std::filesystem::file_size(temporary, no_file) == 0 || no_file) {
+    throw Error(detail::message("torch's profiler wrote no trace to '", temporary.string(),
                                 "': check the disk, and that this torch was built with kineto"));
   }
+  const std::string bytes = read_file(temporary.string());
+  std::filesystem::remove(temporary);
+  write_file_atomically(path_, bytes);
 }
 
 NvtxRanges::NvtxRanges() {

@@ -20,7 +20,8 @@ class TraceSession {
   TraceSession(const TraceSession&) = delete;
   TraceSession& operator=(const TraceSession&) = delete;
 
-  /// Stops recording and writes the file. Call it once. Throws Error when that fails.
+  /// Stops recording and writes the file, by a temporary in the system's folder for those
+  /// (TMPDIR). Call it once. Throws Error when that fails.
   void write();
 
  private:

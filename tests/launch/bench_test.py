@@ -305,6 +305,27 @@ class BenchTest(unittest.TestCase):
             want = low + (high - low) * (math.log10(error) + 2) - 4  # numbers stand a little lower
             self.assertAlmostEqual(y, want, delta=0.2)
 
+    def test_json_on_standard_output(self):
+        for sub, args in (("codec", ["--synthetic-rows", "64", "--hidden-size", "32"]),
+                          ("layer", LayerTest.SIZES)):
+            for path in "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1":
+                job = subprocess.run([PROGRAM, sub, *args, "--json", path], capture_output=True,
+                                     text=True, timeout=60)
+                self.assertEqual(job.returncode, 0, job.stderr)
+                self.assertGreater(len([json.loads(line) for line in job.stdout.splitlines()]), 1)
+                self.assertIn("MB/s" if sub == "codec" else "TFLOP/s", job.stderr)
+            # Also where that is a file, after what stands in it.
+            with open(self.path("log"), "a+") as log:
+                log.truncate(0)
+                log.write("before\n")
+                log.flush()
+                job = subprocess.run([PROGRAM, sub, *args, "--json", "/dev/stdout"], stdout=log,
+                                     stderr=subprocess.PIPE, text=True, timeout=60)
+                log.seek(0)
+                lines = log.read().splitlines()
+            self.assertEqual(lines[0], "before")
+            self.assertGreater(len([json.loads(line) for line in lines[1:]]), 1)
+
     def test_refuses(self):
         source = self.write("x.npy", npy(gaussian(20, 8), "<f4"))
         for args, text in (

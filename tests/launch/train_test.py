@@ -140,8 +140,8 @@ class BadInput(TrainTest):
             ([*text, "--timeout", "0"], r"timeout is 0 .*above 0"),
             ([*text, "--moe-every", "3"], r"moe-every is 3"),
             ([*text, "--seed", "-1"], r"seed is -1 .*at least 0"),
-            ([*text, "--metrics", "/nonexistent/m.jsonl"], r"cannot write metrics to '/nonexistent/"),
-            ([*text, "--trace", "/nonexistent/t.json"], r"cannot write a trace to '/nonexistent/"),
+            ([*text, "--metrics", "/nonexistent/m.jsonl"], r"cannot write '/nonexistent/m.*: name a file in a folder that exists"),
+            ([*text, "--trace", "/nonexistent/t.json"], r"cannot write '/nonexistent/t"),
             (["--data", self.write("short.txt", "short")], r"more text or a smaller --seq-len"),
             ([*text, "--study", "--study-seeds", "0"], r"study-seeds is 0 .*at least 1"),
             ([*text, "--study", "--study-setting", "--compress zip"],
@@ -155,7 +155,7 @@ class BadInput(TrainTest):
         self.refused(4, [
             *self.cases(),
             ([*text, "--num-experts", "6"], r"num_experts 6 is not divisible by ep_size 4 .*: change"),
-            ([*text, "--metrics", "/nonexistent/m.jsonl"], r"cannot write metrics to '/nonexistent/"),
+            ([*text, "--metrics", "/nonexistent/m.jsonl"], r"cannot write '/nonexistent/m.*: name a file in a folder that exists"),
         ])
 
 
@@ -221,7 +221,19 @@ class Files(TrainTest):
             self.assertEqual(*same)
             self.assertGreater(same[0][0]["loss"], 4)
 
+    def test_metrics_on_standard_output(self):
+        for ranks in 1, 2:
+            job = subprocess.run(command([*TINY, "--data", self.text, "--steps", "2", "--metrics",
+                                          "/dev/stdout"], ranks), capture_output=True, text=True,
+                                 stdin=subprocess.DEVNULL, timeout=60)
+            self.assertEqual(job.returncode, 0, job.stderr)
+            self.assertEqual([json.loads(line)["step"] for line in job.stdout.splitlines()], [1, 2])
+            self.assertIn("2 steps", job.stderr)
+
     def test_trace(self):
+        code, output, _ = self.run_job([*TINY, "--data", self.text, "--trace", "/dev/null"], 2)
+        self.assertEqual(code, 1, output)
+        self.assertIn("trace '/dev/null' is no file (each of the 2 ranks writes one", output)
         self.train(["--steps", "2", "--compress", "lsh", "--trace", self.path("t.json")], ranks=2)
         self.assertEqual(sorted(name for name in os.listdir(self.folder) if name.startswith("t.")),
                          ["t.rank0.json", "t.rank1.json"])

@@ -5,11 +5,19 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
 #include <csignal>
+#include <filesystem>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <sstream>
 #include <string>
+#include <thread>
 
 #include "lshmoe/runtime/error.hpp"
 #include "lshmoe/runtime/log.hpp"
@@ -55,6 +63,178 @@ TEST(Files, ErrorsNameThePathAndTheReason) {
               write_file_atomically("/nonexistent/file", std::string("x"));
             }).find("/nonexistent/file"),
             std::string::npos);
+}
+
+/// A folder of its own for a test, removed at its end.
+class Writing : public ::testing::Test {
+ protected:
+  void SetUp() override { std::filesystem::create_directory(folder_); }
+  void TearDown() override { std::filesystem::remove_all(folder_); }
+  [[nodiscard]] std::string path(const std::string& name) const { return folder_ + "/" + name; }
+  static struct stat status(const std::string& path) {
+    struct stat info {};
+    EXPECT_EQ(::lstat(path.c_str(), &info), 0) << path;
+    return info;
+  }
+  /// Nothing but these is in the folder: no temporary is left.
+  void expect_names(std::set<std::string> names) const {
+    for (const auto& entry : std::filesystem::recursive_directory_iterator(folder_)) {
+      EXPECT_EQ(names.erase(entry.path().filename().string()), 1u) << entry.path();
+    }
+    EXPECT_TRUE(names.empty());
+  }
+
+ private:
+  std::string folder_ = temporary("folder" + std::to_string(::getpid()));
+};
+constexpr mode_t kPermissions = 07777;
+const std::string kText = "some text\n";
+
+TEST_F(Writing, KeepsModeAndOwner) {
+  write_file_atomically(path("new"), kText);
+  const mode_t mask = ::umask(0);
+  ::umask(mask);
+  EXPECT_EQ(status(path("new")).st_mode & kPermissions, 0666 & ~mask);
+  for (const mode_t mode : {0600u, 0640u, 0777u}) {
+    ASSERT_EQ(::chmod(path("new").c_str(), mode), 0);
+    write_file_atomically(path("new"), kText);
+    EXPECT_EQ(status(path("new")).st_mode & kPermissions, mode);
+  }
+  if (::geteuid() == 0) {
+    ASSERT_EQ(::chown(path("new").c_str(), 1234, 5678), 0);
+    ASSERT_EQ(::chmod(path("new").c_str(), 0600), 0);
+    write_file_atomically(path("new"), kText + kText);
+    const struct stat info = status(path("new"));
+    EXPECT_EQ(info.st_uid, 1234u);
+    EXPECT_EQ(info.st_gid, 5678u);
+    EXPECT_EQ(info.st_mode & kPermissions, 0600u);
+  }
+  EXPECT_TRUE(read_file(path("new")).starts_with(kText));
+  expect_names({"new"});
+}
+
+TEST_F(Writing, FollowsLinks) {
+  std::filesystem::create_directory(path("below"));
+  write_file_atomically(path("below/target"), std::string("old"));
+  std::filesystem::create_symlink("below/second", path("first"));
+  std::filesystem::create_symlink("target", path("below/second"));
+  std::filesystem::create_symlink(path("below/created"), path("dangling"));
+  const auto inode = status(path("below/target")).st_ino;
+  write_file_atomically(path("first"), kText);
+  write_file_atomically(path("dangling"), kText);
+  for (const char* link : {"first", "below/second", "dangling"}) {
+    EXPECT_TRUE(S_ISLNK(status(path(link)).st_mode)) << link;
+  }
+  for (const char* file : {"below/target", "below/created"}) {
+    EXPECT_TRUE(S_ISREG(status(path(file)).st_mode)) << file;
+    EXPECT_EQ(read_file(path(file)), kText);
+  }
+  EXPECT_NE(status(path("below/target")).st_ino, inode);  // a new one took its place
+  expect_names({"below", "target", "second", "first", "created", "dangling"});
+
+  std::filesystem::create_symlink("round", path("round"));
+  EXPECT_NE(error_of([&] { write_file_atomically(path("round"), kText); }).find("symbolic links"),
+            std::string::npos);
+}
+
+TEST_F(Writing, KeepsTheOtherNamesOfAFile) {
+  write_file_atomically(path("one"), std::string("old and longer than what follows"));
+  std::filesystem::create_hard_link(path("one"), path("two"));
+  write_file_atomically(path("one"), kText);
+  EXPECT_EQ(read_file(path("two")), kText);
+  EXPECT_EQ(status(path("one")).st_ino, status(path("two")).st_ino);
+  expect_names({"one", "two"});
+}
+
+TEST_F(Writing, LeavesToOtherUsersWhatIsTheirs) {
+  if (::geteuid() != 0) GTEST_SKIP() << "not root: cannot become another user";
+  for (const char* name : {"theirs", "closed"}) write_file_atomically(path(name), kText + kText);
+  ASSERT_EQ(::chmod(path("theirs").c_str(), 0666), 0);
+  ASSERT_EQ(::chmod(path("closed").c_str(), 0644), 0);
+  ASSERT_EQ(::chmod(path("").c_str(), 0755), 0);
+  ASSERT_EQ(::seteuid(65534), 0);
+  write_file_atomically(path("theirs"), kText);
+  const std::string closed = error_of([&] { write_file_atomically(path("closed"), kText); });
+  const std::string folder = error_of([&] { write_file_atomically(path("new"), kText); });
+  ASSERT_EQ(::seteuid(0), 0);
+  ASSERT_EQ(::chmod(path("").c_str(), 0777), 0);
+  ASSERT_EQ(::seteuid(65534), 0);
+  // Now a new file could take its place, but not with its owner.
+  write_file_atomically(path("theirs"), kText);
+  const std::string replaced = error_of([&] { write_file_atomically(path("closed"), kText); });
+  ASSERT_EQ(::seteuid(0), 0);
+  EXPECT_EQ(status(path("theirs")).st_uid, 0u);
+  EXPECT_EQ(status(path("theirs")).st_mode & kPermissions, 0666u);
+  EXPECT_EQ(read_file(path("theirs")), kText);
+  EXPECT_EQ(read_file(path("closed")), kText + kText);
+  for (const std::string& text : {closed, folder, replaced}) {
+    EXPECT_NE(text.find("(Permission denied): choose a file"), std::string::npos) << text;
+  }
+  expect_names({"theirs", "closed"});
+}
+
+TEST_F(Writing, WritesToWhatIsNoFile) {
+  ASSERT_EQ(::mkfifo(path("pipe").c_str(), 0600), 0);
+  std::filesystem::create_symlink("pipe", path("link"));
+  std::string got;
+  std::thread reader([&] { got = read_file(path("pipe")); });
+  write_file_atomically(path("link"), kText);
+  reader.join();
+  EXPECT_EQ(got, kText);
+  EXPECT_TRUE(S_ISFIFO(status(path("pipe")).st_mode));
+  std::set<std::string> names = {"pipe", "link"};
+  // The machine's /dev/null as it is to a user who may replace it.
+  if (::geteuid() == 0 && ::mknod(path("null").c_str(), S_IFCHR | 0666, ::makedev(1, 3)) == 0) {
+    names.insert("null");
+    write_file_atomically(path("null"), kText);
+    EXPECT_TRUE(S_ISCHR(status(path("null")).st_mode));
+    EXPECT_EQ(read_file(path("null")), "");
+  }
+  expect_names(names);
+}
+
+TEST_F(Writing, GoesOnWhereAnOpenFileStands) {
+  for (const int append : {0, O_APPEND}) {
+    const int fd = ::open(path("log").c_str(), O_WRONLY | O_CREAT | O_TRUNC | append, 0600);
+    ASSERT_GE(fd, 0);
+    ASSERT_EQ(::write(fd, "before\n", 7), 7);
+    const std::string number = std::to_string(fd);
+    write_file_atomically("/dev/fd/" + number, kText);
+    {
+      MetricsWriter writer("/proc/self/fd/" + number);
+      writer.write({{"step", 1}});
+    }
+    ASSERT_EQ(::write(fd, "after\n", 6), 6);
+    ::close(fd);
+    EXPECT_EQ(read_file(path("log")), "before\n" + kText + "{\"step\":1}\nafter\n");
+  }
+}
+
+TEST_F(Writing, SaysWhatToDo) {
+  const auto advice_for = [](const std::string& path) {
+    const std::string text = error_of([&] { write_file_atomically(path, kText); });
+    EXPECT_NE(text.find("'" + path + "'"), std::string::npos) << text;
+    return text.substr(text.find(" ("));
+  };
+  EXPECT_EQ(advice_for("/dev/full"), " (No space left on device): free some disk space");
+  EXPECT_EQ(advice_for(path("none/file")),
+            " (No such file or directory): name a file in a folder that exists");
+  EXPECT_EQ(advice_for(path(".")), " (Is a directory): name a file in it");
+  EXPECT_EQ(
+      error_of([] {
+        MetricsWriter("/dev/full").write({{"step", 1}});
+      }),
+      "writing metrics to '/dev/full' failed (No space left on device): free some disk space");
+  ASSERT_EQ(::mkfifo(path("pipe").c_str(), 0600), 0);
+  const auto before = std::signal(SIGPIPE, SIG_IGN);
+  const int reader = ::open(path("pipe").c_str(), O_RDONLY | O_NONBLOCK);
+  MetricsWriter writer(path("pipe"));
+  ::close(reader);
+  EXPECT_NE(error_of([&] {
+              writer.write({{"step", 1}});
+            }).find("(Broken pipe): keep what reads it running"),
+            std::string::npos);
+  std::signal(SIGPIPE, before);
 }
 
 TEST(Metrics, WritesOneObjectALineWithAllBits) {
@@ -122,6 +302,25 @@ TEST(Trace, OneFileARank) {
   EXPECT_EQ(trace_path("t.json", 0, 1), "t.json");
   EXPECT_EQ(trace_path("a.b/t.json", 2, 4), "a.b/t.rank2.json");
   EXPECT_EQ(trace_path("a.b/t", 2, 4), "a.b/t.rank2");
+}
+
+TEST_F(Writing, TraceGoesWhereALinkLeads) {
+  std::filesystem::create_symlink("target.json", path("trace.json"));
+  {
+    TraceSession trace(path("trace.json"));
+    trace.write();
+  }
+  EXPECT_TRUE(nlohmann::json::parse(read_file(path("target.json"))).contains("traceEvents"));
+  expect_names({"trace.json", "target.json"});
+  ASSERT_EQ(::mkfifo(path("pipe").c_str(), 0600), 0);
+  std::string got;
+  std::thread reader([&] { got = read_file(path("pipe")); });
+  {
+    TraceSession trace(path("pipe"));
+    trace.write();
+  }
+  reader.join();
+  EXPECT_TRUE(nlohmann::json::parse(got).contains("traceEvents"));
 }
 
 TEST(Trace, HoldsTheNamedPhases) {
