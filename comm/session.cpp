@@ -28,13 +28,50 @@ bool started_by_launcher() {
          is_set("PMI_SIZE");
 }
 
-void refuse_many_worlds_of_one(bool started_by_mpirun) {
-  const char* tasks = std::getenv("SLURM_NTASKS");
-  if (tasks == nullptr || std::atoi(tasks) <= 1 || started_by_mpirun) return;
-  throw CommError(detail::message(
-      "SLURM_NTASKS is ", tasks,
-      " but this process is alone (srun gave it no MPI, so each task would train by itself): start "
-      "with mpirun or srun --mpi=pmix, or unset SLURM_NTASKS for a run of one process"));
+int number(const char* variable) {
+  const char* text = std::getenv(variable);
+  return text == nullptr ? 0 : std::atoi(text);
+}
+
+// A variable that says there are more processes than this one: a number of them, or of this one.
+struct Sign {
+  const char* variable;
+  int least;             // with this value or a greater one
+  const char* together;  // and this variable; null: by itself
+  const char* why;
+  const char* instead;
+};
+constexpr const char* kMpirun = "start with the mpirun of the MPI that lshmoe was built with";
+constexpr Sign kSigns[] = {
+    {"SLURM_NTASKS", 2, nullptr, "srun gave it no MPI", "start with mpirun or srun --mpi=pmix"},
+    {"MV2_COMM_WORLD_SIZE", 2, nullptr, "MVAPICH's launcher serves MVAPICH alone", kMpirun},
+    {"FLUX_JOB_SIZE", 2, "FLUX_TASK_RANK", "flux run gave it no PMI that this MPI knows",
+     "start with mpirun, or use an MPI with Flux support"},
+    {"PALS_LOCAL_SIZE", 2, "PALS_RANKID", "PALS' mpiexec serves other MPIs", kMpirun},
+    {"PALS_RANKID", 1, nullptr, "PALS' mpiexec serves other MPIs", kMpirun},
+    {"JSM_NAMESPACE_SIZE", 2, nullptr, "jsrun serves Spectrum MPI", kMpirun},
+    {"OMPI_COMM_WORLD_SIZE", 2, nullptr, "the mpirun of another Open MPI started it", kMpirun},
+    {"PMI_SIZE", 2, nullptr,
+     "a launcher of other MPIs, as Hydra of MPICH and Intel MPI, started it", kMpirun},
+    {"PMIX_RANK", 1, nullptr, "its launcher's PMIx is not one that this MPI knows", kMpirun},
+    {"WORLD_SIZE", 2, "RANK", "torchrun and its like start no MPI",
+     "start with mpirun in place of torchrun"},
+};
+
+// Why a process whose world is itself alone is one of several all the same; empty: it is not. Asked
+// before MPI starts, which sets some of these variables. A job of one that mpirun started inside a
+// larger allocation is meant so.
+std::string one_of_several() {
+  if (number("OMPI_COMM_WORLD_SIZE") == 1) return {};
+  for (const Sign& sign : kSigns) {
+    if (number(sign.variable) < sign.least) continue;
+    if (sign.together != nullptr && !is_set(sign.together)) continue;
+    return detail::message(sign.variable, " is ", std::getenv(sign.variable),
+                           " but this process is alone (", sign.why,
+                           ", so each would train by itself): ", sign.instead, ", or unset ",
+                           sign.variable, " for a run of one process");
+  }
+  return {};
 }
 
 // What a rank says of its GPUs.
@@ -109,18 +146,17 @@ struct Session::Impl {
 Session::Session(int, char**, SessionOptions options) : impl_(std::make_unique<Impl>()) {
   LSHMOE_VALIDATE(options.timeout_seconds > 0, "timeout of ", options.timeout_seconds,
                   " s (no call could ever finish): pass seconds > 0");
+  const std::string problem = one_of_several();
   if (!started_by_launcher()) {
-    refuse_many_worlds_of_one(false);
+    if (!problem.empty()) throw CommError(problem);
     impl_->world = make_self_communicator("world", options.timeout_seconds);
     return;
   }
-  // MPI_Init sets OMPI_COMM_WORLD_SIZE itself, so look before it.
-  const bool started_by_mpirun = is_set("OMPI_COMM_WORLD_SIZE");
   impl_->finalize = mpi::start();
   impl_->world = mpi::make_world(options.timeout_seconds);
   const Communicator& world = *impl_->world;
   if (world.size() == 1) {
-    refuse_many_worlds_of_one(started_by_mpirun);
+    if (!problem.empty()) throw CommError(problem);
     return;
   }
   set_process_rank(world.rank());

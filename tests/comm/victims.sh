@@ -32,20 +32,53 @@ says() { grep -Eq -- "$1" "$out" || fail "nobody says: $1"; }
 says_not() { ! grep -Eq -- "$1" "$out" || fail "somebody says: $1"; }
 
 # A launcher around this script, as on a cluster, must not be taken for the victim's.
-unset OMPI_COMM_WORLD_SIZE PMIX_RANK PMI_RANK PMI_SIZE SLURM_NTASKS
+unset OMPI_COMM_WORLD_SIZE PMIX_RANK PMI_RANK PMI_SIZE SLURM_NTASKS MV2_COMM_WORLD_SIZE FLUX_JOB_SIZE \
+  FLUX_TASK_RANK PALS_LOCAL_SIZE PALS_RANKID JSM_NAMESPACE_SIZE WORLD_SIZE RANK
 
 case $name in
   alone)
     launch "$victim" finish
     ends_well && says "finished: 1 ranks on self"
     ;;
-  slurm) # four tasks that know nothing of each other
-    SLURM_NTASKS=4 launch "$victim" finish
-    ends_badly && says "SLURM_NTASKS is 4 but this process is alone .* start with mpirun"
-    ;;
   slurm_mpirun) # one rank on purpose, in a job of four tasks
     SLURM_NTASKS=4 launch "$mpiexec" -n 1 "$victim" finish
     ends_well && says "finished: 1 ranks on mpi"
+    ;;
+  other_launchers) # what they set for the second of four processes
+    others=(
+      "SLURM_NTASKS=4"
+      "MV2_COMM_WORLD_SIZE=4 MV2_COMM_WORLD_RANK=1"
+      "FLUX_JOB_SIZE=4 FLUX_TASK_RANK=1"
+      "FLUX_JOB_SIZE=4 FLUX_TASK_RANK=1 PMI_SIZE=4 PMI_RANK=1"
+      "PALS_LOCAL_SIZE=4 PALS_RANKID=1 PMI_SIZE=4 PMI_RANK=1"
+      "PALS_RANKID=1 PMIX_RANK=1"
+      "JSM_NAMESPACE_SIZE=4 JSM_NAMESPACE_RANK=1"
+      "OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_RANK=1"
+      "PMI_SIZE=4 PMI_RANK=1"
+      "PMIX_RANK=1"
+      "WORLD_SIZE=4 RANK=1 LOCAL_RANK=1"
+    )
+    for other in "${others[@]}"; do
+      # shellcheck disable=SC2086  # several words
+      launch env $other "$victim" finish
+      first=${other%% *}
+      ends_badly && says "^caught in main: ${first%=*} is ${first#*=} but this process is alone \\(.*\\): start with"
+      says ", or unset ${first%=*} for a run of one process$"
+    done
+    # Jobs that are what those variables say, or whose launcher is this MPI's own.
+    # shellcheck disable=SC2048,SC2086
+    for ranks in 1 2; do
+      launch env ${others[*]} "$mpiexec" -n $ranks "$victim" finish
+      ends_well && says "finished: $ranks ranks on mpi"
+    done
+    launch env WORLD_SIZE=1 RANK=0 SLURM_NTASKS=1 FLUX_JOB_SIZE=1 FLUX_TASK_RANK=0 PALS_LOCAL_SIZE=1 \
+      PALS_RANKID=0 JSM_NAMESPACE_SIZE=1 MV2_COMM_WORLD_SIZE=1 "$victim" finish
+    ends_well && says "finished: 1 ranks on self"
+    launch env PMI_SIZE=1 PMI_RANK=0 PMIX_RANK=0 "$victim" finish
+    ends_well && says "finished: 1 ranks on mpi"
+    # Not theirs: a name that other things have too, an allocation that Flux started for a shell.
+    launch env WORLD_SIZE=4 FLUX_JOB_SIZE=4 "$victim" finish
+    ends_well && says "finished: 1 ranks on self"
     ;;
   throw_alone)
     launch "$victim" throw

@@ -405,8 +405,11 @@ class LayerTest(unittest.TestCase):
         for args, text in ((["--dtype", "fp16"], "unknown dtype 'fp16'"),
                            (["--tokens", "0"], "must be 1 or more"),
                            (["--num-experts", "8", "--top-k", "9"], "top_k"),
-                           (["--compress", "fp9"], "unknown codec kind 'fp9'")):
-            job = subprocess.run([PROGRAM, "layer", *args], capture_output=True, text=True)
+                           (["--compress", "fp9"], "unknown codec kind 'fp9'"),
+                           ([], "PMI_SIZE is 4 but this process is alone")):
+            more = {} if args else {"PMI_SIZE": "4", "PMI_RANK": "1"}
+            job = subprocess.run([PROGRAM, "layer", *args], capture_output=True, text=True,
+                                 env={**os.environ, **more})
             self.assertEqual(job.returncode, 1, args)
             self.assertIn(text, job.stderr)
 

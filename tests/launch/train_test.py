@@ -18,7 +18,9 @@ import unittest
 PROGRAM, VICTIM, MPIEXEC, QUICKSTART = sys.argv[1:5]
 del sys.argv[1:5]
 # A launcher around this script, as on a cluster, must not be taken for the jobs' own.
-for name in ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE", "SLURM_NTASKS"):
+for name in ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE", "SLURM_NTASKS",
+             "MV2_COMM_WORLD_SIZE", "FLUX_JOB_SIZE", "PALS_LOCAL_SIZE", "PALS_RANKID",
+             "JSM_NAMESPACE_SIZE", "WORLD_SIZE"):
     os.environ.pop(name, None)
 
 TINY = ("--hidden-size 16 --heads 2 --ffn-hidden-size 16 --dense-ffn-hidden-size 16 --seq-len 32 "
@@ -411,6 +413,16 @@ class Failures(TrainTest):
         for rank in (0, 1, 3):
             self.assertIn(f"rank {rank} exits with 1\n", output)
         self.assertRegex(output, r"\[error\] no answer for 3 s in .*rank 2 on ")
+
+    def test_other_launchers(self):
+        # Each of their processes would train by itself and write the same files.
+        for name, more in (("PMI_SIZE", {"PMI_RANK": "2"}), ("WORLD_SIZE", {"RANK": "2"})):
+            metrics = self.path("m.jsonl")
+            code, output, _ = self.run_job([*TINY, "--data", self.text, "--metrics", metrics],
+                                           env={name: "4", **more})
+            self.assertEqual(code, 1, output)
+            self.assertRegex(output, rf"\[error\] {name} is 4 but this process is alone .*start with")
+            self.assertFalse(os.path.exists(metrics))
 
     def test_frozen(self):
         result = self.victim("freeze", 4, 2)
