@@ -175,6 +175,14 @@ std::shared_ptr<Codec> make_codec(const CodecOptions& given, const CodecContext&
 Codec::Codec(CodecOptions options, CodecContext context)
     : options_(std::move(options)), context_(context) {}
 
+NonFiniteRow::NonFiniteRow(const Codec& codec, int64_t row_of_x)
+    : InvalidArgument(detail::message(
+          "encode: row ", row_of_x, " holds NaN or Inf (", name_of(codec.context().direction),
+          " of layer ", codec.context().layer, "; kind ", codec.options().kind(),
+          " has no code for them): find where it comes from, or use kind bf16 or none, which pass "
+          "it on")),
+      row(row_of_x) {}
+
 void Codec::observe(const at::Tensor& /*x*/, const at::Tensor& /*row_index*/) {}
 bool Codec::refresh(Communicator& /*comm*/) { return false; }
 StateStats Codec::state_stats() const { return {}; }

@@ -14,6 +14,7 @@
 
 #include "lshmoe/comm/communicator.hpp"
 #include "lshmoe/compress/parcel.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
 
@@ -142,6 +143,13 @@ struct Decoded {
   std::vector<int64_t> rows_per_group;  ///< [groups]
 };
 
+/// A row to encode holds NaN or infinity; the text names it.
+class NonFiniteRow : public InvalidArgument {
+ public:
+  NonFiniteRow(const class Codec& codec, int64_t row_of_x);
+  const int64_t row;  ///< of the encoded tensor
+};
+
 /// Thread-compatible. encode and decode keep nothing between calls; observe and refresh change what
 /// they use (state=learned).
 ///
@@ -162,8 +170,8 @@ class Codec {
   /// int64 [N] picks the rows, ordered by group (undefined: all, in their order);
   /// sum(rows_per_group) == N. N may be 0.
   /// Equal input gives equal bytes, on every run and for every number of threads.
-  /// Throws InvalidArgument with the row's index when a row holds NaN or Inf (kinds none and bf16
-  /// let them pass), and when shapes or dtypes do not fit.
+  /// Throws NonFiniteRow when a row holds NaN or Inf (kinds none and bf16 let them pass),
+  /// InvalidArgument when shapes or dtypes do not fit.
   [[nodiscard]] virtual Encoded encode(const at::Tensor& x, const at::Tensor& row_index,
                                        const std::vector<int64_t>& rows_per_group) const = 0;
   /// The same for all rows of `rows` in their order.

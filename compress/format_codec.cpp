@@ -63,11 +63,7 @@ class FormatCodec final : public CpuCodec {
         const T* row = static_cast<const T*>(source.data) + source.row(i) * hidden;
         kernels::convert(x.data(), row, hidden);
         const double squared = kernels::squared_norm(x.data(), hidden);
-        LSHMOE_VALIDATE(std::isfinite(squared), "encode: row ", source.row(i),
-                        " holds NaN or Inf (", name_of(context().direction), " of layer ",
-                        context().layer, "; kind ", options().kind(),
-                        " has no code for them): find where it comes from, or use kind bf16 or "
-                        "none, which pass it on");
+        if (!std::isfinite(squared)) throw NonFiniteRow(*this, source.row(i));
         const kernels::NoiseKey key =
             stochastic_ ? noise_key(stream_, row, static_cast<std::size_t>(hidden) * sizeof(T))
                         : kernels::NoiseKey{};

@@ -300,11 +300,7 @@ class LshCodec final : public CpuCodec, public LshInternals {
     for (int64_t i = 0; i < rows.rows; ++i) {
       rows.read(x.data(), i);
       const double squared = kernels::squared_norm(x.data(), hidden);
-      LSHMOE_VALIDATE(
-          std::isfinite(squared), "encode: row ", rows.number(i), " holds NaN or Inf (",
-          name_of(context().direction), " of layer ", context().layer,
-          "; no error bound holds for it): find where it comes from, or use kind bf16 or "
-          "none, which pass it on");
+      if (!std::isfinite(squared)) throw NonFiniteRow(*this, rows.number(i));
       norms[static_cast<std::size_t>(i)] = std::sqrt(squared);
     }
     return norms;

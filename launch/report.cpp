@@ -63,7 +63,9 @@ nlohmann::ordered_json to_json(const StepReport& r, int64_t tokens_per_step) {
           {"rate", ratio(r.bytes_sent, r.bytes_raw)},
           {"max_relative_error", r.max_relative_error},
           {"max_error_ratio", r.max_error_ratio},
-          {"expert_load_max_over_mean", r.expert_load_max_over_mean}};
+          {"expert_load_max_over_mean", r.expert_load_max_over_mean},
+          {"skipped",
+           r.skipped.empty() ? nlohmann::ordered_json() : nlohmann::ordered_json(r.skipped)}};
 }
 
 }  // namespace
@@ -82,7 +84,17 @@ Reporter::Reporter(const TrainOptions& options, const ExpertGroups& groups, cons
              static_cast<long long>(options.steps), static_cast<long long>(tokens_per_step)));
 }
 
+void Reporter::add_skipped(const StepReport& r) {
+  ++skipped_;
+  if (metrics_) metrics_->write({{"step", r.step}, {"lr", r.lr}, {"skipped", r.skipped}});
+  print_line(format("step %lld/%lld  skipped: ", static_cast<long long>(r.step),
+                    static_cast<long long>(options_.steps)) +
+             r.skipped);
+}
+
 void Reporter::add(const StepReport& r, double eval_seconds) {
+  if (!r.skipped.empty()) return add_skipped(r);
+  ++whole_steps_;
   last_ = r;
   sum_.seconds += r.seconds;
   sum_.bytes_sent += r.bytes_sent;
@@ -113,7 +125,7 @@ void Reporter::add(const StepReport& r, double eval_seconds) {
                             loss_since_line_ / static_cast<double>(steps_since_line_),
                             tokens / seconds_since_line_,
                             duration(static_cast<double>(options_.steps - r.step) *
-                                     sum_.seconds.step / static_cast<double>(r.step))
+                                     sum_.seconds.step / static_cast<double>(whole_steps_))
                                 .c_str());
   if (r.bytes_raw > 0) line += format("  sent %.1f %% of raw", 100 * r.bytes_sent / r.bytes_raw);
   if (evaluated) line += format("  held-out loss %.4f", r.eval_loss);
@@ -124,14 +136,23 @@ void Reporter::add(const StepReport& r, double eval_seconds) {
 
 void Reporter::summary(bool stopped) const {
   const PhaseSeconds& s = sum_.seconds;
-  const auto steps = static_cast<double>(last_.step);
   print_line("");
+  if (whole_steps_ == 0) {
+    print_line(format("stopped before the first of %lld steps was whole",
+                      static_cast<long long>(options_.steps)));
+    return;
+  }
+  const auto steps = static_cast<double>(whole_steps_);
   print_line(
       format("%s step %lld of %lld, %s of training (%.1f steps/s, %.0f tokens/s), %.1f s of "
              "evaluation",
              stopped ? "stopped after" : "finished with", static_cast<long long>(last_.step),
              static_cast<long long>(options_.steps), duration(s.step).c_str(), steps / s.step,
              steps * static_cast<double>(tokens_per_step_) / s.step, eval_seconds_));
+  if (skipped_ > 0) {
+    print_line(format("  skipped         %lld steps that were not finite",
+                      static_cast<long long>(skipped_)));
+  }
   print_line(format("  training loss   %.4f nats a token (last step)", last_.loss));
   if (std::isfinite(eval_loss_)) {
     print_line(format("  held-out loss   %.4f nats a token", eval_loss_));

@@ -24,12 +24,14 @@ class Reporter {
   void summary(bool stopped) const;
 
  private:
+  void add_skipped(const StepReport& report);
+
   TrainOptions options_;
   int64_t tokens_per_step_;
   std::unique_ptr<MetricsWriter> metrics_;
   StepReport last_, sum_;
   double loss_since_line_ = 0;
-  int64_t steps_since_line_ = 0;
+  int64_t steps_since_line_ = 0, whole_steps_ = 0, skipped_ = 0;
   double seconds_since_line_ = 0;
   double eval_loss_, eval_seconds_ = 0;
 };

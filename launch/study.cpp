@@ -9,6 +9,7 @@
 #include <sstream>
 
 #include "lshmoe/launch/trainer.hpp"
+#include "lshmoe/runtime/abandon.hpp"
 #include "lshmoe/runtime/error.hpp"
 #include "lshmoe/runtime/metrics.hpp"
 
@@ -93,6 +94,7 @@ Run train_once(const TrainOptions& options, const ExpertGroups& groups, const Da
   for (int64_t step = 1; step <= options.steps && !run.stopped; ++step) {
     const StepReport report = trainer.step(stop_requested());
     run.stopped = report.stop;
+    if (report.abandoned || !report.skipped.empty()) continue;
     run.bytes_sent += report.bytes_sent;
     run.bytes_raw += report.bytes_raw;
     step_ms.push_back(1e3 * report.seconds.step);
@@ -104,8 +106,16 @@ Run train_once(const TrainOptions& options, const ExpertGroups& groups, const Da
   run.codec_ms = median(codec_ms);
   run.alltoall_ms = median(alltoall_ms);
   if (run.stopped) return run;
-  run.eval_loss = trainer.evaluate();
-  run.noise = gradient_noise(trainer, options, groups, data);
+  try {
+    run.eval_loss = trainer.evaluate();
+    run.noise = gradient_noise(trainer, options, groups, data);
+  } catch (const StepAbandoned& error) {
+    if (error.reason != StepAbandoned::Reason::stop) {
+      throw NotFinite(detail::message("after the last step: ", error.cause,
+                                      " (training diverged): lower --lr, or set --clip-grad"));
+    }
+    run.stopped = true;
+  }
   return run;
 }
 

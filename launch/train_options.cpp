@@ -82,8 +82,13 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
           "cpu; cuda: a GPU for each rank of a host; auto: cuda where every rank has one");
   parser.group("launch: training")
       .add_options()("steps", value<int64_t>(o.steps, 800), "optimiser steps")(
-          "batch-size", value<int64_t>(o.batch_size, 4), "sequences a rank and step")(
-          "lr", real(o.lr, 3e-3, "0.003"), "highest learning rate (AdamW)")(
+          "batch-size", value<int64_t>(o.batch_size, 4), "sequences a rank and micro-batch")(
+          "accumulate", value<int64_t>(o.accumulate, 1),
+          "micro-batches a step, whose gradients are averaged before they are reduced")(
+          "skip-nonfinite", value<int64_t>(o.skip_nonfinite, 0),
+          "steps in a row that may be skipped because a loss, gradient or row to send is not "
+          "finite; the next one ends the job")("lr", real(o.lr, 3e-3, "0.003"),
+                                               "highest learning rate (AdamW)")(
           "min-lr", real(o.min_lr, 1e-4, "0.0001"), "learning rate at the last step")(
           "warmup-steps", value<int64_t>(o.warmup_steps, 50),
           "steps of linear warm-up, before a cosine to min-lr")(
@@ -285,6 +290,8 @@ void validate(const TrainOptions& o, int world_size) {
   };
   at_least("steps", o.steps, 1);
   at_least("batch-size", o.batch_size, 1);
+  at_least("accumulate", o.accumulate, 1);
+  at_least("skip-nonfinite", o.skip_nonfinite, 0);
   at_least("seq-len", o.seq_len, 1);
   // A step's tokens are counted in many places, and int64 and memory end; no run comes near it.
   constexpr int64_t kMostTokens = int64_t{1} << 31;
@@ -292,6 +299,8 @@ void validate(const TrainOptions& o, int world_size) {
                   o.batch_size, " sequences of seq-len ", o.seq_len,
                   " are too many tokens for a rank and step (at most ", kMostTokens,
                   "): lower one of them");
+  LSHMOE_VALIDATE(o.accumulate <= kMostTokens, "accumulate is ", o.accumulate, " (at most ",
+                  kMostTokens, " micro-batches): lower it");
   at_least("warmup-steps", o.warmup_steps, 0);
   at_least("eval-every", o.eval_every, 0);
   at_least("progress", o.progress, 0);

@@ -35,7 +35,7 @@ struct TrainOptions {
   int64_t refine, max_clusters, hashes, hash_dim, projection;
   bool estimate_alpha, codec_on_self, force_basis;
 
-  int64_t steps, batch_size, warmup_steps, eval_every, seed;
+  int64_t steps, batch_size, accumulate, warmup_steps, eval_every, skip_nonfinite, seed;
   double lr, min_lr, weight_decay, clip_grad;
 
   bool study;

@@ -10,6 +10,7 @@
 #include <optional>
 #include <span>
 
+#include "lshmoe/comm/agreement.hpp"
 #include "lshmoe/launch/device.hpp"
 #include "lshmoe/launch/report.hpp"
 #include "lshmoe/runtime/error.hpp"
@@ -139,23 +140,83 @@ Trainer::Trainer(const TrainOptions& options, const ExpertGroups& groups, const 
       reducer_(groups, *model_),
       optimiser_(make_optimiser(options, *model_)) {}
 
-LanguageModelOutput Trainer::accumulate(int64_t step) {
+Trainer::Accumulated Trainer::accumulate(int64_t step) {
   model_->train();
-  const int64_t first = groups_.world->rank() * options_.batch_size;
-  LanguageModelOutput out =
-      model_->forward(on_device(data_.train_windows(step, first, options_.batch_size), device_));
-  (out.loss + out.aux_loss + out.z_loss).backward();
-  return out;
+  const int64_t parts = options_.accumulate;
+  const double share = 1.0 / static_cast<double>(parts);
+  const int64_t first = groups_.world->rank() * options_.batch_size * parts;
+  Accumulated sum;
+  run_together(*groups_.world, [&] {
+    for (int64_t part = 0; part < parts; ++part) {
+      LanguageModelOutput out = model_->forward(on_device(
+          data_.train_windows(step, first + part * options_.batch_size, options_.batch_size),
+          device_));
+      ((out.loss + out.aux_loss + out.z_loss) * share).backward();
+      sum.loss += share * out.loss.item<double>();
+      sum.aux_loss += share * out.aux_loss.item<double>();
+      sum.stats.push_back(std::move(out.stats));
+    }
+    if (abandon_requested()) {
+      throw StepAbandoned(StepAbandoned::Reason::stop, "a rank was asked to stop");
+    }
+    if (!std::isfinite(sum.loss)) {
+      throw StepAbandoned(StepAbandoned::Reason::not_finite,
+                          detail::message("loss ", sum.loss, " on rank ", groups_.world->rank()));
+    }
+  });
+  return sum;
+}
+
+void Trainer::abandon_for_gradient(double norm) {
+  run_together(*groups_.world, [&] {
+    for (const auto& item : model_->named_parameters()) {
+      const at::Tensor& gradient = item.value().grad();
+      if (!gradient.defined() || at::isfinite(gradient).all().item<bool>()) continue;
+      throw StepAbandoned(StepAbandoned::Reason::not_finite,
+                          detail::message("the gradient of ", item.key(), " is not finite on rank ",
+                                          groups_.world->rank()));
+    }
+  });
+  // On no rank: finite elements whose squares overflow.
+  throw StepAbandoned(StepAbandoned::Reason::not_finite, detail::message("gradient norm ", norm));
 }
 
 StepReport Trainer::step(bool stop) {
   RECORD_FUNCTION("lshmoe::step", std::vector<c10::IValue>{});
+  ++step_;
+  try {
+    StepReport report = whole_step(stop);
+    skipped_in_a_row_ = 0;
+    return report;
+  } catch (const StepAbandoned& error) {
+    // The next backward would add to what this one left.
+    optimiser_->zero_grad(/*set_to_none=*/false);
+    StepReport report;
+    report.step = step_;
+    report.lr = learning_rate(options_, step_);
+    report.abandoned = report.stop = error.reason == StepAbandoned::Reason::stop;
+    if (report.abandoned) return report;
+    report.skipped = error.cause;
+    if (++skipped_in_a_row_ > options_.skip_nonfinite) {
+      throw NotFinite(detail::message(
+          "step ", step_, ": ", error.cause, " (training diverged",
+          options_.skip_nonfinite == 0
+              ? ""
+              : detail::message("; the ", options_.skip_nonfinite, " steps before it were skipped"),
+          "): lower --lr, or set --clip-grad"));
+    }
+    report.stop = any_stops(stop);
+    return report;
+  }
+}
+
+StepReport Trainer::whole_step(bool stop) {
   Clock whole, phase;
   StepReport report;
-  report.step = ++step_;
+  report.step = step_;
   report.lr = learning_rate(options_, step_);
 
-  const LanguageModelOutput out = accumulate(step_);
+  const Accumulated out = accumulate(step_);
 
   PhaseTimer gradient_time, optimiser_time;
   {
@@ -163,6 +224,7 @@ StepReport Trainer::step(bool stop) {
     reducer_.reduce();
     report.grad_norm = reducer_.clip_grad_norm(options_.clip_grad);
   }
+  if (!std::isfinite(report.grad_norm)) abandon_for_gradient(report.grad_norm);
   {
     RECORD_FUNCTION("lshmoe::optimiser", std::vector<c10::IValue>{});
     const PhaseTimer::Span span(optimiser_time, device_);
@@ -188,15 +250,17 @@ StepReport Trainer::step(bool stop) {
     }
   }
 
-  report.loss = out.loss.item<double>();
+  report.loss = out.loss;
   report.seconds.gradients = gradient_time.seconds();
   report.seconds.optimiser = optimiser_time.seconds();
-  report.aux_loss = out.aux_loss.item<double>();
-  for (const MoEStats& stats : out.stats) add_exchange(report, stats, model_->options.moe());
-  at::Tensor load =
-      at::zeros({static_cast<int64_t>(out.stats.size()), options_.num_experts}, at::kDouble);
-  for (std::size_t layer = 0; layer < out.stats.size(); ++layer) {
-    load.select(0, static_cast<int64_t>(layer)).copy_(out.stats[layer].load);
+  report.aux_loss = out.aux_loss;
+  const auto layers = static_cast<int64_t>(out.stats.front().size());
+  at::Tensor load = at::zeros({layers, options_.num_experts}, at::kDouble);
+  for (const auto& micro_batch : out.stats) {
+    for (std::size_t layer = 0; layer < micro_batch.size(); ++layer) {
+      add_exchange(report, micro_batch[layer], model_->options.moe());
+      load.select(0, static_cast<int64_t>(layer)).add_(micro_batch[layer].load.cpu());
+    }
   }
   report.seconds.step = whole.lap();
 
@@ -231,13 +295,13 @@ StepReport Trainer::step(bool stop) {
   report.stop = stops > 0;
   report.expert_load_max_over_mean =
       (std::get<0>(load.max(1)) / load.mean(1).clamp_min(1e-300)).max().item<double>();
-
-  if (!std::isfinite(report.loss) || !std::isfinite(report.grad_norm)) {
-    throw NotFinite(detail::message("step ", report.step, ": loss ", report.loss,
-                                    ", gradient norm ", report.grad_norm,
-                                    " (training diverged): lower --lr, or set --clip-grad"));
-  }
   return report;
+}
+
+bool Trainer::any_stops(bool stop) {
+  double stops = stop ? 1.0 : 0.0;
+  groups_.world->all_reduce(std::span(&stops, 1), ReduceOp::max, Purpose::control);
+  return stops > 0;
 }
 
 double Trainer::evaluate() {
@@ -251,25 +315,27 @@ double Trainer::evaluate() {
   // last, or the first of all, and does not count it.
   const int64_t most = (windows + ranks - 1) / ranks;
   double sums[2] = {0, 0};  // loss x windows, windows
-  for (int64_t done = 0; done < most; done += options_.batch_size) {
-    const int64_t count = std::min(options_.batch_size, end - first - done);
-    const at::Tensor loss =
-        model_
-            ->forward(on_device(count > 0 ? data_.eval_windows(first + done, count)
-                                          : data_.eval_windows(std::max<int64_t>(0, end - 1), 1),
-                                device_))
-            .loss;
-    if (count <= 0) continue;
-    sums[0] += loss.item<double>() * static_cast<double>(count);
-    sums[1] += static_cast<double>(count);
-  }
+  run_together(*groups_.world, [&] {
+    for (int64_t done = 0; done < most; done += options_.batch_size) {
+      const int64_t count = std::min(options_.batch_size, end - first - done);
+      const at::Tensor loss =
+          model_
+              ->forward(on_device(count > 0 ? data_.eval_windows(first + done, count)
+                                            : data_.eval_windows(std::max<int64_t>(0, end - 1), 1),
+                                  device_))
+              .loss;
+      if (count <= 0) continue;
+      sums[0] += loss.item<double>() * static_cast<double>(count);
+      sums[1] += static_cast<double>(count);
+    }
+  });
   groups_.world->all_reduce(std::span(sums), ReduceOp::sum, Purpose::control);
   return sums[0] / sums[1];
 }
 
 Gradient Trainer::gradient(int64_t step) {
   optimiser_->zero_grad(/*set_to_none=*/false);
-  accumulate(step);
+  (void)accumulate(step);
   reducer_.reduce();
   const auto flat = [](const std::vector<at::Tensor>& parameters) {
     std::vector<at::Tensor> parts;
@@ -307,7 +373,7 @@ int64_t Trainer::num_parameters() {
 }
 
 int64_t Trainer::tokens_per_step() const {
-  return groups_.world->size() * options_.batch_size * options_.seq_len;
+  return groups_.world->size() * options_.batch_size * options_.accumulate * options_.seq_len;
 }
 
 void train(const TrainOptions& options, const ExpertGroups& groups, const DataSource& data,
@@ -321,11 +387,22 @@ void train(const TrainOptions& options, const ExpertGroups& groups, const DataSo
   for (int64_t step = 1; step <= options.steps && !stopped; ++step) {
     StepReport report = trainer.step(stop_requested());
     stopped = report.stop;
+    if (report.abandoned) break;  // the step before it was the last
     // A job that was asked to stop has about a second under mpirun: no evaluation then.
     const bool due =
         step == options.steps || (options.eval_every > 0 && step % options.eval_every == 0);
     Clock clock;
-    if (due && !stopped) report.eval_loss = trainer.evaluate();
+    if (due && !stopped) {
+      try {
+        report.eval_loss = trainer.evaluate();
+      } catch (const StepAbandoned& error) {
+        if (error.reason != StepAbandoned::Reason::stop) {
+          throw NotFinite(detail::message("evaluation after step ", step, ": ", error.cause,
+                                          " (training diverged): lower --lr, or set --clip-grad"));
+        }
+        stopped = report.stop = true;
+      }
+    }
     if (reporter) reporter->add(report, clock.lap());
   }
   if (reporter) reporter->summary(stopped);

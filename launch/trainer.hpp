@@ -49,9 +49,16 @@ struct StepReport {
   double max_relative_error = 0, max_error_ratio = 0;
   double expert_load_max_over_mean = 0;  ///< of the least balanced layer
   bool stop = false;                     ///< some rank was asked to stop
+  /// Given up before its end, because a rank was asked to stop at once. Parameters are as before
+  /// it; only `step`, `lr` and `stop` are set.
+  bool abandoned = false;
+  /// Not empty: the step was skipped because of this, the same text on every rank. Otherwise as
+  /// `abandoned`.
+  std::string skipped;
 };
 
-/// Loss or gradient of a step is NaN or infinite. Thrown on every rank alike.
+/// Loss or gradient of a step is NaN or infinite, and no more steps may be skipped. Thrown on every
+/// rank alike.
 class NotFinite : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -70,15 +77,16 @@ class Trainer {
   /// `data` must outlive the trainer.
   Trainer(const TrainOptions& options, const ExpertGroups& groups, const DataSource& data);
 
-  /// The next optimiser step. `stop`: this rank was asked to stop.
-  /// Throws NotFinite on all ranks when loss or gradient is not finite.
+  /// The next optimiser step, over `accumulate` micro-batches. `stop`: this rank was asked to stop.
+  /// A loss, gradient or row to send that is not finite skips the step on all ranks; throws
+  /// NotFinite on all ranks after more than `skip_nonfinite` such steps in a row.
   [[nodiscard]] StepReport step(bool stop);
 
   /// Mean loss over the held-out windows, nats; the same windows whatever the layout.
   [[nodiscard]] double evaluate();
 
   /// The gradient on the batch of `step`, reduced, not clipped. Changes neither parameters nor
-  /// learned state.
+  /// learned state. Throws StepAbandoned on all ranks alike, as evaluate() does.
   [[nodiscard]] Gradient gradient(int64_t step);
   /// Over the whole model: shared parameters once, the experts of all ranks of the group.
   [[nodiscard]] double squared_norm(const Gradient& gradient) const;
@@ -90,13 +98,27 @@ class Trainer {
     return model_->state_stats(direction);
   }
 
+  /// The model as it trains. Local.
+  [[nodiscard]] LanguageModel model() const { return model_; }
+
   /// Over all ranks; experts counted once.
   [[nodiscard]] int64_t num_parameters();
   [[nodiscard]] int64_t tokens_per_step() const;
 
  private:
-  /// Forward and backward of the batch of `step`: gradients are added, not yet reduced.
-  LanguageModelOutput accumulate(int64_t step);
+  /// What the micro-batches of a step give together.
+  struct Accumulated {
+    double loss = 0, aux_loss = 0;             ///< means
+    std::vector<std::vector<MoEStats>> stats;  ///< of each micro-batch, of each MoE layer
+  };
+  /// Forward and backward of the batch of `step`: gradients are added, not yet reduced. Throws
+  /// StepAbandoned on all ranks alike.
+  Accumulated accumulate(int64_t step);
+  /// Throws StepAbandoned on all ranks: names the first parameter whose gradient is not finite.
+  void abandon_for_gradient(double norm);
+  /// step() but for what happens when it is abandoned; throws StepAbandoned on all ranks alike.
+  StepReport whole_step(bool stop);
+  bool any_stops(bool stop);
 
   TrainOptions options_;
   ExpertGroups groups_;
@@ -106,6 +128,7 @@ class Trainer {
   GradientReducer reducer_;
   std::unique_ptr<torch::optim::AdamW> optimiser_;
   int64_t step_ = 0;
+  int64_t skipped_in_a_row_ = 0;
 };
 
 /// Trains to the last step, or until `stop_requested` is true on some rank, with evaluations,

@@ -99,6 +99,10 @@ class Dispatcher {
   /// or be 0. topk_ids int64 [tokens, k], -1 = dropped; topk_weights [tokens, k] fp32 (fp64 where x
   /// is). Throws InvalidArgument on ids out of range or repeated in a token, wrong shapes or
   /// dtypes.
+  /// Rows with NaN or infinity: kinds none and bf16 pass them on; the other kinds have no code for
+  /// them, and all ranks of the group throw StepAbandoned (runtime/abandon.hpp), in the backward
+  /// too. Rows for the own rank meet no codec unless codec_on_self is set, so a NaN that passes at
+  /// ep_size 1 may end the step at ep_size 2.
   /// On a GPU: x and topk_weights are there, topk_ids too or on the CPU; ids and weights are copied
   /// to the host, once, to make the plan. Rows and weights are made on the current stream.
   [[nodiscard]] Dispatched dispatch(const at::Tensor& x, const at::Tensor& topk_ids,

@@ -9,6 +9,7 @@
 
 #include "lshmoe/comm/keep_buffer.hpp"
 #include "lshmoe/moe/device_rows.hpp"
+#include "lshmoe/runtime/abandon.hpp"
 #include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
@@ -20,7 +21,7 @@ struct CallHeader {
   std::uint8_t version = 1;
   std::uint8_t direction = 0;
   std::uint8_t dtype = 0;  // and kOnGpu
-  std::uint8_t requires_grad = 0;
+  std::uint8_t flags = 0;
   std::int32_t layer = 0;
   std::int32_t hidden_size = 0;
   std::int32_t num_experts = 0;
@@ -32,6 +33,9 @@ struct CallHeader {
 static_assert(sizeof(CallHeader) == 40 && std::is_trivially_copyable_v<CallHeader>);
 
 constexpr std::uint8_t kOnGpu = 0x80;
+
+// Flags of a call: a backward will follow; and why its sender abandons the step.
+constexpr std::uint8_t kRequiresGrad = 1, kStop = 2, kNotFinite = 4;
 
 struct GroupHeader {
   std::int64_t rows = 0;
@@ -116,7 +120,22 @@ void check_call(const CallHeader& mine, const CallHeader& theirs, const std::str
   check("num_experts", mine.num_experts, theirs.num_experts);
   check("top_k", mine.top_k, theirs.top_k);
   check("groups per rank (restore)", mine.groups, theirs.groups);
-  check("gradient (1 = a backward will follow)", +mine.requires_grad, +theirs.requires_grad);
+  check("gradient (1 = a backward will follow)", mine.flags & kRequiresGrad,
+        theirs.flags & kRequiresGrad);
+}
+
+/// Before all other checks: who abandons a step announces nothing else that fits.
+void throw_if_abandoned(const CallHeader& mine, const CallHeader& theirs, const std::string& peer) {
+  if (theirs.version != mine.version || (theirs.flags & (kStop | kNotFinite)) == 0) return;
+  const std::string where =
+      detail::message(name_of(static_cast<Direction>(mine.direction)), " of layer ", mine.layer);
+  if ((theirs.flags & kNotFinite) != 0) {
+    throw StepAbandoned(StepAbandoned::Reason::not_finite,
+                        detail::message("row ", theirs.assignments, " of what ", peer, " sends in ",
+                                        where, " holds NaN or infinity"));
+  }
+  throw StepAbandoned(StepAbandoned::Reason::stop,
+                      detail::message(peer, " was asked to stop, before ", where));
 }
 
 }  // namespace
@@ -239,14 +258,21 @@ RowsIn Exchange::swap(const RowsOut& out) {
 
   Encoded made;
   const Encoded* encoded = out.encoded;
+  int64_t non_finite_row = out.non_finite_row;
   if (encoded == nullptr) {
     RECORD_FUNCTION("lshmoe::encode", std::vector<c10::IValue>{});
     const PhaseTimer::Span span(s.codec_time, out.rows.device());
     Codec& codec = c.codec(out.direction, out.rows);
     if (out.rows.is_cpu() || total(coded) > 0) {
-      made = codec.encode(out.rows, coded_index, coded);
-      if (requires_grad) codec.observe(out.rows, coded_index);
-    } else {
+      try {
+        made = codec.encode(out.rows, coded_index, coded);
+        if (requires_grad) codec.observe(out.rows, coded_index);
+      } catch (const NonFiniteRow& error) {
+        // The peers are on their way into this exchange: they hear of it there.
+        non_finite_row = error.row;
+      }
+    }
+    if (!made.bytes.defined()) {
       // Nothing leaves this rank; a GPU's codec would still be started, or all rows staged.
       made.bytes = at::empty({0}, out.rows.options().dtype(at::kByte));
       made.bytes_per_group.assign(coded.size(), 0);
@@ -261,7 +287,9 @@ RowsIn Exchange::swap(const RowsOut& out) {
   mine.direction = static_cast<std::uint8_t>(out.direction);
   mine.dtype = static_cast<std::uint8_t>(static_cast<std::uint8_t>(out.rows.scalar_type()) |
                                          (out.rows.is_cpu() ? 0 : kOnGpu));
-  mine.requires_grad = requires_grad ? 1 : 0;
+  mine.flags = static_cast<std::uint8_t>((requires_grad ? kRequiresGrad : 0) |
+                                         (abandon_requested() ? kStop : 0) |
+                                         (non_finite_row < 0 ? 0 : kNotFinite));
   mine.layer = static_cast<std::int32_t>(c.options.layer());
   mine.hidden_size = static_cast<std::int32_t>(hidden);
   mine.num_experts = static_cast<std::int32_t>(c.options.num_experts());
@@ -274,7 +302,9 @@ RowsIn Exchange::swap(const RowsOut& out) {
   for (int64_t r = 0; r < ranks; ++r) {
     const auto i = static_cast<std::size_t>(r);
     CallHeader header = mine;
-    header.assignments = out.assignments.empty() ? 0 : out.assignments[i];
+    header.assignments = non_finite_row >= 0       ? non_finite_row
+                         : out.assignments.empty() ? 0
+                                                   : out.assignments[i];
     header.attachment_bytes = out.attachment_bytes.empty() ? 0 : out.attachment_bytes[i];
     int64_t parcels = 0;
     std::byte* to = headers.data() + i * header_bytes;
@@ -306,6 +336,11 @@ RowsIn Exchange::swap(const RowsOut& out) {
     peers = headers;
   }
 
+  for (int64_t r = 0; r < ranks; ++r) {
+    CallHeader header;
+    std::memcpy(&header, peers.data() + static_cast<std::size_t>(r) * header_bytes, sizeof header);
+    throw_if_abandoned(mine, header, c.name_of_rank(r));
+  }
   in.rows_per_group.resize(out.rows_per_group.size());
   in.parcel_bytes.resize(out.rows_per_group.size());
   in.assignments.resize(static_cast<std::size_t>(ranks));

@@ -67,6 +67,7 @@ struct RowsOut {
   std::vector<int64_t> rows_per_group;  ///< [ranks * groups]
   /// Parcels of the rows that pass the codec, made already; null: made by swap().
   const Encoded* encoded = nullptr;
+  int64_t non_finite_row = -1;  ///< >= 0: this rank cannot encode that row and abandons the step
   std::vector<int64_t> assignments;       ///< [ranks]: a number the peer is told
   at::Tensor attachment;                  ///< uint8 [sum(attachment_bytes)], CPU; undefined: none
   std::vector<int64_t> attachment_bytes;  ///< [ranks]: plan or gradients sent in front of the rows
@@ -103,7 +104,8 @@ class Exchange : public torch::CustomClassHolder {
   /// Encodes and swaps rows: sizes by one fixed all-to-all, everything in it checked against this
   /// rank's own values and against what is possible before anything is allocated, then one
   /// all-to-all-v. Collective over the expert group; none in a group of one. Throws CommError
-  /// naming the peer that disagrees.
+  /// naming the peer that disagrees, and StepAbandoned on all ranks alike where one of them holds
+  /// rows that the codec refuses, or was asked to stop (see abandon.hpp).
   [[nodiscard]] RowsIn swap(const RowsOut& out);
 
   /// Decodes row i of what came (by source rank, then group) into out[index[i]]; index int64, CPU.

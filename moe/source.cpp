@@ -122,10 +122,21 @@ Dispatched dispatch_centroids(const at::Tensor& x_in, const at::Tensor& topk_ids
       at::cat({token.narrow(0, 0, own_first), token.narrow(0, own_first + own_count, after)});
   Encoded encoded;
   DirectionStats& stats = (*exchange->stats)[Direction::dispatch];
-  {
+  try {
     RECORD_FUNCTION("lshmoe::encode", std::vector<c10::IValue>{});
     const PhaseTimer::Span span(stats.codec_time, x.device());
     encoded = context.codec(Direction::dispatch, x).encode(x.detach(), coded_token, coded);
+  } catch (const NonFiniteRow& error) {
+    const std::vector<int64_t> nothing(coded.size(), 0);
+    encoded = Encoded();
+    encoded.bytes = at::empty({0}, x.options().dtype(at::kByte));
+    encoded.bytes_per_group = nothing;
+    RowsOut out;
+    out.rows = x;
+    out.rows_per_group = nothing;
+    out.encoded = &encoded;
+    out.non_finite_row = error.row;
+    (void)exchange->swap(out);  // throws StepAbandoned on every rank
   }
   add_codec_stats(stats, encoded.stats);
 

@@ -4,6 +4,8 @@
 #include <csignal>
 #include <cstddef>
 
+#include "lshmoe/runtime/abandon.hpp"
+
 namespace lshmoe {
 namespace {
 
@@ -13,13 +15,16 @@ std::array<struct sigaction, kSignals.size()> g_former;
 
 extern "C" void on_stop_signal(int signal) {
   g_requested = 1;
-  if (signal != SIGUSR1) std::signal(signal, SIG_DFL);
+  if (signal == SIGUSR1) return;
+  request_abandon();
+  std::signal(signal, SIG_DFL);
 }
 
 }  // namespace
 
 StopFlag::StopFlag() {
   g_requested = 0;
+  withdraw_abandon();
   struct sigaction action {};
   action.sa_handler = on_stop_signal;
   action.sa_flags = SA_RESTART;
@@ -28,6 +33,7 @@ StopFlag::StopFlag() {
 }
 
 StopFlag::~StopFlag() {
+  withdraw_abandon();
   for (std::size_t i = 0; i < kSignals.size(); ++i) sigaction(kSignals[i], &g_former[i], nullptr);
 }
 

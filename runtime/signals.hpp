@@ -3,9 +3,10 @@
 
 namespace lshmoe {
 
-/// While it lives, SIGUSR1, SIGTERM and SIGINT set a flag instead of ending the process. A second
-/// SIGINT or SIGTERM ends it at once, so that a stuck program can still be interrupted. One at a
-/// time.
+/// While it lives, SIGUSR1, SIGTERM and SIGINT set a flag instead of ending the process. SIGTERM
+/// and SIGINT also abandon the step that runs (see abandon.hpp): who sends them does not wait for
+/// long, mpirun for one second. A second SIGINT or SIGTERM ends the process at once, so that a
+/// stuck program can still be interrupted. One at a time.
 class StopFlag {
  public:
   StopFlag();

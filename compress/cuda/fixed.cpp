@@ -95,7 +95,7 @@ class FixedCodec final : public Codec {
     if (index.bad().defined()) index.check(download<std::int64_t>(index.bad())[0]);
     double relative_sum = 0;
     for (const auto& total : download<launchers::RowTotals>(totals)) {
-      if (total.bad_row >= 0) refuse_row(*this, row_number(row_index, total.bad_row));
+      if (total.bad_row >= 0) throw NonFiniteRow(*this, row_number(row_index, total.bad_row));
       add_totals(stats, total, relative_sum);
     }
     stats.mean_relative_error = relative_sum / static_cast<double>(rows.rows);

@@ -344,7 +344,7 @@ class LshCodec final : public StagedCodec {
     std::vector<launchers::SharedPlace> shared_places;
     std::vector<std::int64_t> centroids_before(total.size(), -1), used_slots;
     for (std::size_t i = 0; i < total.size(); ++i) {
-      if (total[i].bad_row >= 0) refuse_row(*this, row_number(row_index, total[i].bad_row));
+      if (total[i].bad_row >= 0) throw NonFiniteRow(*this, row_number(row_index, total[i].bad_row));
       const std::int64_t before = assembly.bytes();
       const auto* result = plan ? &results[i] : nullptr;
       const auto rest = add_parcel(assembly, groups.of_rows[i], state, plan ? &*plan : nullptr,

@@ -200,12 +200,4 @@ void add_totals(CodecStats& stats, const launchers::RowTotals& totals, double& r
   stats.max_error_ratio = std::max(stats.max_error_ratio, totals.ratio_max);
 }
 
-void refuse_row(const Codec& codec, std::int64_t row) {
-  throw InvalidArgument(detail::message(
-      "encode: row ", row, " holds NaN or Inf (", name_of(codec.context().direction), " of layer ",
-      codec.context().layer, "; kind ", codec.options().kind(),
-      " has no code for them): find where it comes from, or use kind bf16 or none, which pass it "
-      "on"));
-}
-
 }  // namespace lshmoe::cuda

@@ -147,7 +147,6 @@ class Opened {
 
 /// Adds what a group's totals say to the statistics; refuses NaN and Inf, naming the row of x.
 void add_totals(CodecStats& stats, const launchers::RowTotals& totals, double& relative_sum);
-[[noreturn]] void refuse_row(const Codec& codec, std::int64_t row);
 /// int64 on the device: what atomicMin starts from.
 [[nodiscard]] at::Tensor none_bad(std::int64_t count, at::Device device);
 inline constexpr std::int64_t kNoneBad = INT64_MAX;

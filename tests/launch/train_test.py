@@ -28,7 +28,7 @@ TINY = ("--hidden-size 16 --heads 2 --ffn-hidden-size 16 --dense-ffn-hidden-size
 KEYS = ("step loss eval_loss aux_loss lr grad_norm tokens_per_s step_ms codec_ms codec_state_ms "
         "alltoall_ms expert_ms bytes_sent bytes_raw codec_bytes plan_bytes codec_state_bytes "
         "codec_state_memory codec_state_version rate max_relative_error max_error_ratio "
-        "expert_load_max_over_mean").split()
+        "expert_load_max_over_mean skipped").split()
 
 
 def command(args, ranks, program=PROGRAM, mpi_args=()):
@@ -430,12 +430,46 @@ class Failures(TrainTest):
         self.assertRegex(result[1], r"\[rank [013]\] \[error\] no answer for 3 s in .*rank 2 on ")
 
 
+class Divergence(TrainTest):
+    """Said once, by rank 0, with exit code 1, whatever travels."""
+    BASE = [word for word in TINY if word not in ("--warmup-steps", "5", "--lr", "0.01")]
+    WILD = [*BASE, "--steps", "9", "--lr", "1e30", "--warmup-steps", "0", "--clip-grad", "0", "--eval-every", "0"]
+
+    def test_is_said_once(self):
+        for compress in ("none", "int8", "lsh"):
+            for ranks, ep_size in ((1, 1), (4, 4), (4, 2)):
+                with self.subTest(compress=compress, ranks=ranks, ep_size=ep_size):
+                    code, output, _ = self.run_job(
+                        [*self.WILD, "--data", self.text, "--compress", compress,
+                         "--ep-size", str(ep_size)], ranks)
+                    self.assertEqual(code, 1, output)
+                    errors = [line for line in output.splitlines() if "[error]" in line]
+                    self.assertEqual(len(errors), 1, output)
+                    self.assertRegex(errors[0], r"step \d: .*\(training diverged\): lower --lr, or set --clip-grad")
+                    self.assertNotIn("MPI_ABORT", output)
+
+    def test_skipped_steps(self):
+        code, output, _ = self.run_job([*self.WILD, "--data", self.text, "--compress", "lsh",
+                                        "--skip-nonfinite", "3", "--metrics", self.path("m.jsonl")], 4)
+        self.assertEqual(code, 1, output)
+        errors = [line for line in output.splitlines() if "[error]" in line]
+        self.assertEqual(len(errors), 1, output)
+        self.assertIn("(training diverged; the 3 steps before it were skipped): lower --lr", errors[0])
+        lines = self.metrics()
+        skipped = [line for line in lines if line["skipped"]]
+        self.assertEqual(len(skipped), 3, lines)
+        for line in skipped:
+            self.assertEqual(list(line), ["step", "lr", "skipped"])
+            self.assertIn(f"step {line['step']}/9  skipped: {line['skipped']}", output)
+        self.assertEqual(list(lines[0]), KEYS)
+
+
 class Signals(TrainTest):
     ENDLESS = ["--steps", "1000000", "--progress", "1", "--eval-every", "0", "--compress", "lsh"]
 
-    def stopped_by(self, number, ranks):
+    def stopped_by(self, number, ranks, more=(), until="step 5/"):
         """Sends the signal once training runs; returns (exit code, output, seconds from then)."""
-        args = [*TINY, *self.ENDLESS, "--data", self.text, "--metrics", self.path("m.jsonl")]
+        args = [*TINY, *self.ENDLESS, "--data", self.text, "--metrics", self.path("m.jsonl"), *more]
         job = subprocess.Popen(command(args, ranks), text=True, stdin=subprocess.DEVNULL,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                start_new_session=True)
@@ -443,7 +477,7 @@ class Signals(TrainTest):
                                     start_new_session=True)
         try:
             output = ""
-            while "step 5/" not in output:
+            while until not in output:
                 line = job.stdout.readline()
                 self.assertNotEqual(line, "", output)
                 output += line
@@ -478,6 +512,22 @@ class Signals(TrainTest):
         # mpirun gives the ranks a second.
         _, output, _ = self.stopped_by(signal.SIGINT, 4)
         self.summary_in(output)
+
+    def test_sigterm_gives_up_a_long_step(self):
+        # A step of some minutes: nobody waits for its end.
+        for ranks, ep_size in ((1, 1), (4, 4), (4, 2)):
+            args = ["--accumulate", "100000", "--ep-size", str(ep_size)]
+            code, output, seconds = self.stopped_by(signal.SIGTERM, ranks, args, until="tokens\n")
+            self.assertLess(seconds, 5)
+            self.assertIn("stopped before the first of 1000000 steps was whole", output)
+            if ranks == 1:  # mpirun's own is that of the signal
+                self.assertEqual(code, 0, output)
+        # The summary is that of the last whole step.
+        args = ["--accumulate", "100"]
+        code, output, seconds = self.stopped_by(signal.SIGTERM, 4, args, until="step 1/")
+        self.assertLess(seconds, 3)
+        self.assertRegex(output, r"stopped after step \d of 1000000")
+        self.assertIn("training loss", output)
 
     @unittest.skipUnless("LSHMOE_PRESET" in os.environ, "quickstart.sh would build another tree")
     def test_ctrl_c_on_quickstart(self):

@@ -13,6 +13,7 @@
 
 #include "lshmoe/comm/self/self.hpp"
 #include "lshmoe/launch/random.hpp"
+#include "lshmoe/runtime/abandon.hpp"
 #include "tests/support/main.hpp"
 
 namespace lshmoe::launch {
@@ -424,18 +425,171 @@ TEST(Trainer, CountsParametersOverAllRanks) {
 
 TEST(Trainer, DivergenceIsSaidByAllRanks) {
   const Sequences data;
-  Trainer trainer =
-      make_trainer(options({"--lr", "1e30", "--warmup-steps", "0", "--clip-grad", "0"}),
-                   make_expert_groups(world()), data);
-  std::string text;
-  for (int i = 0; i < 5 && text.empty(); ++i) {
-    try {
-      (void)trainer.step(false);
-    } catch (const NotFinite& error) {
-      text = error.what();
+  for (const char* codec : {"none", "lsh"}) {
+    Trainer trainer = make_trainer(
+        options({"--lr", "1e30", "--warmup-steps", "0", "--clip-grad", "0", "--compress", codec}),
+        make_expert_groups(world()), data);
+    std::string text;
+    for (int i = 0; i < 5 && text.empty(); ++i) {
+      try {
+        (void)trainer.step(false);
+      } catch (const NotFinite& error) {
+        text = error.what();
+      }
+    }
+    EXPECT_NE(text.find("training diverged): lower --lr"), std::string::npos) << text;
+  }
+}
+
+/// One of the expert-parallel layouts with and without replicas.
+std::vector<int> ep_sizes() {
+  const int ranks = world()->size();
+  return ranks == 1 ? std::vector<int>{1} : std::vector<int>{ranks, ranks / 2};
+}
+
+at::Tensor parameter_named(const Trainer& trainer, const std::string& name) {
+  return trainer.model()->named_parameters()[name];
+}
+
+std::vector<at::Tensor> copies_of_parameters(const Trainer& trainer) {
+  std::vector<at::Tensor> copies;
+  for (const at::Tensor& parameter : trainer.model()->parameters()) {
+    copies.push_back(parameter.detach().clone());
+  }
+  return copies;
+}
+
+bool equal(const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                    [](const at::Tensor& x, const at::Tensor& y) { return x.equal(y); });
+}
+
+TEST(Trainer, SkipsAStepThatIsNotFiniteOnOneRank) {
+  const Sequences data;
+  const int last = world()->size() - 1;
+  struct Case {
+    const char *compress, *poisoned, *says;
+  };
+  const std::vector<Case> cases = {
+      {"lsh", "block1_ffn_norm", "dispatch of layer 1 holds NaN or infinity"},
+      {"int8", "block1_moe.experts.w2", "combine of layer 1 holds NaN or infinity"},
+      {"none", "block1_ffn_norm", "loss nan on rank "},
+      {"bf16", "block1_moe.experts.w2", "loss nan on rank "},
+  };
+  for (const int ep_size : ep_sizes()) {
+    for (const Case& c : cases) {
+      SCOPED_TRACE(c.compress + std::string(" ep ") + std::to_string(ep_size));
+      Trainer trainer = make_trainer(
+          options({"--compress", c.compress, "--skip-nonfinite", "2", "--codec-on-self"}),
+          make_expert_groups(world(), ep_size), data);
+      for (int i = 0; i < 2; ++i) EXPECT_EQ(trainer.step(false).skipped, "");
+      const auto before = copies_of_parameters(trainer);
+      const auto poison = [&](double value) {
+        if (world()->rank() != last) return;
+        const at::NoGradGuard no_grad;
+        parameter_named(trainer, c.poisoned).flatten()[3].fill_(value);
+      };
+      const double healthy = world()->rank() == last
+                                 ? parameter_named(trainer, c.poisoned).flatten()[3].item<double>()
+                                 : 0;
+      // Two in a row, twice: a step between them starts the count anew.
+      for (int i = 0; i < 2; ++i) {
+        const auto unchanged = copies_of_parameters(trainer);
+        poison(std::nan(""));
+        for (int j = 0; j < 2; ++j) {
+          const StepReport report = trainer.step(false);
+          EXPECT_NE(report.skipped.find(c.says), std::string::npos) << report.skipped;
+          EXPECT_FALSE(report.stop);
+        }
+        poison(healthy);
+        if (i == 0) {
+          EXPECT_TRUE(equal(copies_of_parameters(trainer), unchanged));
+        }
+        EXPECT_EQ(trainer.step(false).skipped, "");
+      }
+      EXPECT_FALSE(equal(copies_of_parameters(trainer), before));
+      poison(std::nan(""));
+      EXPECT_TRUE(trainer.step(world()->rank() == last).stop);
+      EXPECT_NE(trainer.step(false).skipped, "");
+      std::string text;
+      try {
+        (void)trainer.step(false);
+      } catch (const NotFinite& error) {
+        text = error.what();
+      }
+      EXPECT_NE(text.find("(training diverged; the 2 steps before it were skipped): lower --lr"),
+                std::string::npos)
+          << text;
     }
   }
-  EXPECT_NE(text.find("training diverged): lower --lr"), std::string::npos) << text;
+}
+
+TEST(Trainer, NamesTheParameterWhoseGradientIsNotFinite) {
+  const Sequences data;
+  const int last = world()->size() - 1;
+  for (const int ep_size : ep_sizes()) {
+    for (const std::string name : {"block0_qkv", "block1_moe.experts.w1"}) {
+      Trainer trainer = make_trainer(options({"--skip-nonfinite", "1"}),
+                                     make_expert_groups(world(), ep_size), data);
+      const auto before = copies_of_parameters(trainer);
+      unsigned hook = 0;
+      if (world()->rank() == last) {
+        hook = parameter_named(trainer, name).register_hook([](const at::Tensor& gradient) {
+          return gradient * std::numeric_limits<double>::infinity();
+        });
+      }
+      const std::string skipped = trainer.step(false).skipped;
+      EXPECT_EQ(skipped.find("the gradient of " + name + " is not finite on rank "), 0) << skipped;
+      EXPECT_TRUE(equal(copies_of_parameters(trainer), before));
+      if (world()->rank() == last) parameter_named(trainer, name).remove_hook(hook);
+      EXPECT_EQ(trainer.step(false).skipped, "");
+    }
+  }
+}
+
+TEST(Trainer, AStepIsAbandonedOnAllRanks) {
+  const Sequences data;
+  const bool last = world()->rank() == world()->size() - 1;
+  for (const int ep_size : ep_sizes()) {
+    for (const char* codec : {"none", "lsh"}) {
+      Trainer trainer =
+          make_trainer(options({"--compress", codec}), make_expert_groups(world(), ep_size), data);
+      EXPECT_FALSE(trainer.step(false).abandoned);
+      const auto before = copies_of_parameters(trainer);
+      if (last) request_abandon();
+      const StepReport report = trainer.step(false);
+      EXPECT_TRUE(report.abandoned);
+      EXPECT_TRUE(report.stop);
+      EXPECT_TRUE(equal(copies_of_parameters(trainer), before));
+      EXPECT_THROW((void)trainer.evaluate(), StepAbandoned);
+      withdraw_abandon();
+      EXPECT_FALSE(trainer.step(false).abandoned);  // nothing is broken by it
+    }
+  }
+}
+
+TEST(Trainer, MicroBatchesGiveTheGradientOfTheWholeBatch) {
+  const Sequences data;
+  for (const int ep_size : ep_sizes()) {
+    const ExpertGroups groups = make_expert_groups(world(), ep_size);
+    Trainer whole = make_trainer(options(), groups, data);
+    const Gradient expected = whole.gradient(3);
+    TrainOptions o = options({"--accumulate", "2"});
+    o.batch_size = kGlobalBatch / world()->size() / 2;
+    Trainer trainer(o, groups, data);
+    EXPECT_EQ(trainer.tokens_per_step(), whole.tokens_per_step());
+    const Gradient gradient = trainer.gradient(3);
+    for (const auto& [a, b] : {std::pair(gradient.shared, expected.shared),
+                               std::pair(gradient.experts, expected.experts)}) {
+      EXPECT_GT(b.abs().max().item<double>(), 1e-3);
+      EXPECT_LT((a - b).abs().max().item<double>(), 1e-5 * b.abs().max().item<double>());
+    }
+    for (int i = 0; i < 5; ++i) {
+      const StepReport a = trainer.step(false), b = whole.step(false);
+      EXPECT_NEAR(a.loss, b.loss, 1e-4 * b.loss);
+      EXPECT_EQ(a.bytes_raw, b.bytes_raw);
+    }
+  }
 }
 
 TEST(Trainer, EveryOptionTrains) {
@@ -460,6 +614,7 @@ TEST(Trainer, EveryOptionTrains) {
       {"--compress", "lsh", "--codec-on-self"},
       {"--activation", "swiglu"},
       {"--activation", "relu", "--moe-every", "1", "--z-loss-coeff", "0.001"},
+      {"--accumulate", "3", "--compress", "lsh", "--codec-state", "learned"},
       {"--shared-expert-size", "8", "--top-k", "1", "--aux-loss-coeff", "0.01"},
   };
   const int ep_size = world()->size() == 4 ? 2 : world()->size();  // replicas too

@@ -1,0 +1,39 @@
+#include "lshmoe/comm/agreement.hpp"
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace lshmoe {
+namespace {
+
+struct Outcome {
+  std::uint32_t abandoned = 0;  // 0, or 1 + reason
+  std::uint32_t cause_bytes = 0;
+};
+
+}  // namespace
+
+void run_together(Communicator& comm, const std::function<void()>& part) {
+  std::optional<StepAbandoned> mine;
+  try {
+    part();
+  } catch (const StepAbandoned& error) {
+    mine.emplace(error);
+  }
+  Outcome outcome;
+  if (mine) {
+    outcome = {1 + static_cast<std::uint32_t>(mine->reason),
+               static_cast<std::uint32_t>(mine->cause.size())};
+  }
+  const auto all = all_gather(comm, outcome, Purpose::control);
+  for (std::size_t rank = 0; rank < all.size(); ++rank) {
+    if (all[rank].abandoned == 0) continue;
+    std::string cause = mine ? mine->cause : std::string();
+    cause.resize(all[rank].cause_bytes);
+    comm.broadcast(cause.data(), cause.size(), static_cast<int>(rank), Purpose::control);
+    throw StepAbandoned(static_cast<StepAbandoned::Reason>(all[rank].abandoned - 1), cause);
+  }
+}
+
+}  // namespace lshmoe
