@@ -28,6 +28,7 @@
 #include <vector>
 
 #include "lshmoe/kernels/cuda/stream.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
 

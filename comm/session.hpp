@@ -6,6 +6,7 @@
 #include <string>
 
 #include "lshmoe/comm/communicator.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
 
@@ -30,9 +31,9 @@ struct DeviceChoice {
 /// Under mpirun or Slurm (OMPI_COMM_WORLD_SIZE, PMIX_RANK, PMI_RANK or PMI_SIZE in the environment)
 /// it initialises MPI at THREAD_SERIALIZED and finalises it; without them the world is this process
 /// alone ("self") and MPI is not touched. MPI that the program initialised itself is used, and left
-/// to the program to finalise. A world of one that no mpirun asked for, where a variable says that a launcher
-/// started several processes (of Slurm, Flux, PALS, jsrun, torchrun, MVAPICH, Hydra, another Open
-/// MPI), throws CommError with its name: it would be that many separate trainings.
+/// to the program to finalise. A world of one that no mpirun asked for, where a variable says that
+/// a launcher started several processes (of Slurm, Flux, PALS, jsrun, torchrun, MVAPICH, Hydra,
+/// another Open MPI), throws CommError with its name: it would be that many separate trainings.
 /// Sets the process rank of error and log texts when the world has more than one rank.
 class Session {
  public:

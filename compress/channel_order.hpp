@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "lshmoe/runtime/error.hpp"
+
 namespace lshmoe {
 
 /// Channels by falling energy, cut into bands, ascending within a band. Empty when there is one

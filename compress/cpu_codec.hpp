@@ -6,6 +6,7 @@
 
 #include "lshmoe/compress/codec.hpp"
 #include "lshmoe/compress/parcel.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
 

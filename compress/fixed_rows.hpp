@@ -4,6 +4,7 @@
 #include <functional>
 
 #include "lshmoe/compress/codec.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
 

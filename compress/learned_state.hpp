@@ -9,6 +9,7 @@
 
 #include "lshmoe/compress/codec.hpp"
 #include "lshmoe/kernels/packed_matrix.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
 

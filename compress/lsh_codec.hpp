@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "lshmoe/compress/codec.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
 

@@ -21,6 +21,8 @@
 #include <span>
 #include <vector>
 
+#include "lshmoe/runtime/error.hpp"
+
 namespace lshmoe {
 
 /// On the wire: never renumber.

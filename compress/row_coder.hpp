@@ -14,6 +14,7 @@
 #include "lshmoe/compress/rows_view.hpp"
 #include "lshmoe/kernels/bands.hpp"
 #include "lshmoe/kernels/quantize.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
 

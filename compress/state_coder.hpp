@@ -8,6 +8,7 @@
 #include "lshmoe/compress/group_plan.hpp"
 #include "lshmoe/compress/learned_state.hpp"
 #include "lshmoe/compress/row_coder.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
 

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "lshmoe/runtime/error.hpp"
+
 namespace lshmoe::launch {
 
 /// Where the trainer takes its sequences from. The same on every rank; all functions are local and

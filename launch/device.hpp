@@ -7,6 +7,7 @@
 
 #include "lshmoe/comm/session.hpp"
 #include "lshmoe/launch/train_options.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe::launch {
 

@@ -8,6 +8,7 @@
 
 #include "lshmoe/comm/groups.hpp"
 #include "lshmoe/moe/layer.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe::launch {
 

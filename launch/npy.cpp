@@ -35,10 +35,13 @@ at::Tensor read_npy(const std::string& path) {
                   "' is not in C order: save numpy.ascontiguousarray(array)");
   LSHMOE_VALIDATE(
       std::regex_search(header, match,
-                        std::regex("'shape': *\\( *([0-9]{1,12}) *,? *([0-9]{0,12}) *,? *\\)")),
-      "'", path, "' is no array of one or two dimensions (header ", header, "): reshape it");
+                        std::regex("'shape': *\\( *([0-9]{1,12}) *, *([0-9]{1,12}) *,? *\\)")),
+      "'", path, "' is no array of two dimensions, rows x hidden size (header ", header,
+      "): reshape it, e.g. array.reshape(-1, hidden)");
   const int64_t rows = std::stoll(match[1]);
-  const int64_t columns = match[2].length() > 0 ? std::stoll(match[2]) : 1;
+  const int64_t columns = std::stoll(match[2]);
+  LSHMOE_VALIDATE(rows > 0 && columns > 0, "'", path, "' is an array of ", rows, " x ", columns,
+                  " (there is nothing in it): save rows");
   const std::size_t element = at::elementSize(dtype);
   LSHMOE_VALIDATE(
       static_cast<unsigned __int128>(rows) * static_cast<unsigned __int128>(columns) * element ==

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "lshmoe/launch/trainer.hpp"
+#include "lshmoe/runtime/error.hpp"
 #include "lshmoe/runtime/metrics.hpp"
 
 namespace lshmoe::launch {

@@ -136,11 +136,19 @@ nlohmann::ordered_json to_json(const Run& r) {
           {"codec_bias", r.noise.bias}};
 }
 
+/// "-" where nothing was sent: on one rank.
+std::string percent(double share) {
+  char text[32] = "-";
+  if (!std::isnan(share)) std::snprintf(text, sizeof text, "%.1f", 100 * share);
+  return text;
+}
+
 void print_run(const Run& r) {
   std::printf(
-      "seed %lld  held-out %.4f  %6.1f %% of bf16  step %.0f ms, codec %.0f ms  noise %.2g  %s\n",
-      static_cast<long long>(r.seed), r.eval_loss, 100 * r.bytes_sent / r.bytes_reference,
-      r.step_ms, r.codec_ms, r.noise.codec / r.noise.batch, r.setting.c_str());
+      "seed %lld  held-out %.4f  %6s %% of bf16  step %.0f ms, codec %.0f ms  noise %.2g  %s\n",
+      static_cast<long long>(r.seed), r.eval_loss,
+      percent(r.bytes_sent / r.bytes_reference).c_str(), r.step_ms, r.codec_ms,
+      r.noise.codec / r.noise.batch, r.setting.c_str());
   std::fflush(stdout);
 }
 
@@ -179,13 +187,13 @@ void print_table(const std::vector<std::string>& settings, const std::vector<Run
     const double noise = mean(all, [](const Run& r) { return r.noise.codec; });
     const double bias =
         noise > 0 ? mean(all, [](const Run& r) { return r.noise.bias; }) / noise : 0;
-    std::printf("%9.1f  %8.4f (%.4f-%.4f)  %+8.4f  %8.1f %8.1f  %8.2g %6.2f  %s\n",
-                100 * mean(all, [](const Run& r) { return r.bytes_sent / r.bytes_reference; }),
-                mean(all, [](const Run& r) { return r.eval_loss; }), (*least)->eval_loss,
-                (*most)->eval_loss, against, mean(all, [](const Run& r) { return r.codec_ms; }),
-                mean(all, [](const Run& r) { return r.step_ms; }),
-                noise / mean(all, [](const Run& r) { return r.noise.batch; }), bias,
-                setting.c_str());
+    std::printf(
+        "%9s  %8.4f (%.4f-%.4f)  %+8.4f  %8.1f %8.1f  %8.2g %6.2f  %s\n",
+        percent(mean(all, [](const Run& r) { return r.bytes_sent / r.bytes_reference; })).c_str(),
+        mean(all, [](const Run& r) { return r.eval_loss; }), (*least)->eval_loss,
+        (*most)->eval_loss, against, mean(all, [](const Run& r) { return r.codec_ms; }),
+        mean(all, [](const Run& r) { return r.step_ms; }),
+        noise / mean(all, [](const Run& r) { return r.noise.batch; }), bias, setting.c_str());
   }
   std::fflush(stdout);
 }
@@ -247,14 +255,20 @@ TrainOptions with_setting(const TrainOptions& options, const std::string& settin
 void validate_study(const TrainOptions& options, int world_size) {
   LSHMOE_VALIDATE(options.study_seeds >= 1, "study-seeds is ", options.study_seeds,
                   " (must be at least 1)");
+  bool on_self = false;
   for (const std::string& setting : settings_of(options)) {
     const TrainOptions changed = with_setting(options, setting);
+    on_self |= changed.codec_on_self;
     try {
       validate(changed, world_size);
     } catch (const InvalidArgument& error) {
       throw InvalidArgument(detail::message("study-setting '", setting, "': ", error.what()));
     }
   }
+  LSHMOE_VALIDATE(effective_ep_size(options, world_size) > 1 || on_self,
+                  "study on one rank, or with ep-size 1 (no row is sent to another rank, so there "
+                  "is nothing to compare): start more ranks with mpirun -n, or put --codec-on-self "
+                  "into the settings for all but the bytes");
 }
 
 void study(const TrainOptions& options, const ExpertGroups& groups,

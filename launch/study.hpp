@@ -9,6 +9,7 @@
 #include "lshmoe/comm/groups.hpp"
 #include "lshmoe/launch/data.hpp"
 #include "lshmoe/launch/train_options.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe::launch {
 

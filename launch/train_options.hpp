@@ -7,6 +7,7 @@
 
 #include "lshmoe/launch/data.hpp"
 #include "lshmoe/launch/language_model.hpp"
+#include "lshmoe/runtime/error.hpp"
 #include "lshmoe/runtime/options.hpp"
 
 namespace lshmoe::launch {

@@ -8,6 +8,7 @@
 
 #include "lshmoe/comm/communicator.hpp"
 #include "lshmoe/kernels/combine.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
 

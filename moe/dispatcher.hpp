@@ -12,6 +12,7 @@
 #include "lshmoe/comm/groups.hpp"
 #include "lshmoe/compress/codec.hpp"
 #include "lshmoe/moe/phase_timer.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
 

@@ -20,6 +20,7 @@
 #include "lshmoe/compress/codec.hpp"
 #include "lshmoe/moe/dispatcher.hpp"
 #include "lshmoe/moe/lane.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
 

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "lshmoe/runtime/error.hpp"
+
 namespace lshmoe {
 
 enum class Activation : int64_t { relu, gelu, swiglu };

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "lshmoe/comm/communicator.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
 

@@ -14,6 +14,7 @@
 #include "lshmoe/moe/dispatcher.hpp"
 #include "lshmoe/moe/experts.hpp"
 #include "lshmoe/moe/gate.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
 
@@ -91,7 +92,8 @@ class MoELayerImpl : public torch::nn::Module {
   MoELayerImpl(MoELayerOptions options, ExpertGroups groups);
 
   /// x [tokens, hidden] or [batch, seq, hidden]; tokens may differ per rank, or be 0. Collective
-  /// over groups.expert, and so is its backward. Keeps no state of the forward: several forwards
+  /// over groups.expert, and so is its backward. Rows with NaN or Inf: see Dispatcher::dispatch.
+  /// Keeps no state of the forward: several forwards
   /// before a backward, accumulation and recomputation give the right gradients.
   MoEOutput forward(const at::Tensor& x);
 

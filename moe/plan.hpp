@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+#include "lshmoe/runtime/error.hpp"
+
 namespace lshmoe {
 
 /// The shape all ranks of an expert group agree on.

@@ -5,6 +5,8 @@
 #include <span>
 #include <string>
 
+#include "lshmoe/runtime/error.hpp"
+
 namespace lshmoe {
 
 /// The bytes of a file. Throws InvalidArgument with the path and the system's reason.

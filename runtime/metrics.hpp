@@ -6,6 +6,8 @@
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 
+#include "lshmoe/runtime/error.hpp"
+
 namespace lshmoe {
 
 /// Writes JSON lines to a file, each flushed when it is written, so that a killed job leaves whole

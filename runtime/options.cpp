@@ -2,12 +2,13 @@
 
 #include <algorithm>
 #include <boost/program_options.hpp>
-#include <fstream>
 #include <iostream>
 #include <numeric>
 #include <sstream>
+#include <string_view>
 
 #include "lshmoe/runtime/error.hpp"
+#include "lshmoe/runtime/files.hpp"
 
 namespace lshmoe {
 namespace po = boost::program_options;
@@ -27,6 +28,21 @@ std::size_t edit_distance(const std::string& a, const std::string& b) {
     }
   }
   return row.back();
+}
+
+/// An INI file without the mark that some editors put before UTF-8.
+std::string config_text(const std::string& path) {
+  std::string text;
+  try {
+    text = read_file(path);
+  } catch (const InvalidArgument& error) {
+    throw InvalidArgument(detail::message("--config: ", error.what()));
+  }
+  LSHMOE_VALIDATE(text.find('\0') == std::string::npos, "--config: '", path,
+                  "' is no text in UTF-8 (it holds zero bytes, as UTF-16 does): save it as UTF-8");
+  constexpr std::string_view kMark = "\xef\xbb\xbf";
+  if (text.starts_with(kMark)) text.erase(0, kMark.size());
+  return text;
 }
 
 }  // namespace
@@ -84,11 +100,8 @@ bool OptionParser::parse(int argc, const char* const* argv, bool print_help) {
     }
     if (values.count("config") != 0) {
       source = values["config"].as<std::string>();
-      std::ifstream file(source);
-      LSHMOE_VALIDATE(file.good(), "cannot read the file '", source,
-                      "' given by --config: check the path and its permissions");
+      std::istringstream file(config_text(source));
       po::store(po::parse_config_file(file, known), values);
-      LSHMOE_VALIDATE(!file.bad(), "reading '", source, "' failed part way: check the disk");
     }
     po::notify(values);
   } catch (const po::unknown_option& error) {

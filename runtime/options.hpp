@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "lshmoe/runtime/error.hpp"
+
 namespace lshmoe {
 
 /// Options of one program. Each folder adds a group that writes into variables of its own:
@@ -21,10 +23,10 @@ class OptionParser {
   boost::program_options::options_description& group(const std::string& title);
 
   /// Reads the command line and, if it names one with --config FILE, an INI file of the same names
-  /// without dashes; the command line wins. Sets the variables. Returns false when --help was
-  /// asked for, and prints it to stdout if `print_help`. Local.
-  /// Throws InvalidArgument in one line: an unknown option (with the nearest known name), a bad or
-  /// missing value, an unreadable file.
+  /// without dashes, in UTF-8 with or without a byte order mark; the command line wins. Sets the
+  /// variables. Returns false when --help was asked for, and prints it to stdout if `print_help`.
+  /// Local. Throws InvalidArgument in one line: an unknown option (with the nearest known name), a
+  /// bad or missing value, an unreadable file.
   [[nodiscard]] bool parse(int argc, const char* const* argv, bool print_help = true);
 
   /// What --help prints.

@@ -3,6 +3,8 @@
 
 #include <string>
 
+#include "lshmoe/runtime/error.hpp"
+
 namespace lshmoe {
 
 /// The file of one rank: "trace.json" -> "trace.rank2.json" in a world of more than one.

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <string>
 
+#include "lshmoe/runtime/error.hpp"
+
 namespace lshmoe::cuda {
 
 /// Whether this build has CUDA.

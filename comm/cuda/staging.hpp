@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "lshmoe/kernels/cuda/stream.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe::cuda {
 

@@ -19,6 +19,7 @@
 
 #include "lshmoe/comm/communicator.hpp"
 #include "lshmoe/comm/mpi/adopt.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe::mpi {
 

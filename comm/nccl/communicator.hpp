@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "lshmoe/comm/communicator.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
 

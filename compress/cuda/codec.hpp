@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "lshmoe/compress/codec.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe::cuda {
 

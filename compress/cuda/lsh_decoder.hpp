@@ -6,6 +6,7 @@
 #include "lshmoe/compress/cuda/support.hpp"
 #include "lshmoe/compress/lsh_codec.hpp"
 #include "lshmoe/compress/row_coder.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe::cuda {
 

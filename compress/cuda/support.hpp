@@ -9,6 +9,7 @@
 #include "lshmoe/compress/parcel.hpp"
 #include "lshmoe/kernels/cuda/formats.hpp"
 #include "lshmoe/kernels/cuda/parcel.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe::cuda {
 

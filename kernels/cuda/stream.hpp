@@ -6,6 +6,8 @@
 
 struct CUstream_st;
 
+#include "lshmoe/runtime/error.hpp"
+
 namespace lshmoe::kernels::cuda {
 
 /// A cudaStream_t; null is the default stream.

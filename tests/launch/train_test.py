@@ -124,7 +124,9 @@ class BadInput(TrainTest):
             (["--steps", "many"], r"'many'.*--steps"),
             (["--layer-s"], r"unknown option 'layer-s'.*did you mean --layers\?"),
             (["8"], r"a value without an option"),
-            ([*text, "--config", self.path("none.ini")], r"cannot read the file '.*none.ini'"),
+            ([*text, "--config", self.path("none.ini")], r"--config: cannot read '.*none.ini' \(No such"),
+            ([*text, "--config", self.folder], r"--config: cannot read '.*' \(it is a folder\): name a"),
+            ([*text, "--study"], r"study on one rank, .*\(no row is sent.*\): start more"),
             (["--config", self.write("a.ini", "top_k = 2\n")],
              r"unknown option 'top_k' in .*a.ini, did you mean --top-k\?"),
             ([*text, "--score-function", "tanh"], r"'tanh'.*softmax.*sigmoid"),
@@ -306,6 +308,18 @@ class Study(TrainTest):
             self.assertEqual(cells[2], f"({min(losses):.4f}-{max(losses):.4f})")
             share = 100 * (runs[i]["share"] + runs[i + 5]["share"]) / 2
             self.assertAlmostEqual(float(cells[0]), share, delta=0.051)
+
+
+    def test_on_one_rank(self):
+        # Nothing is sent, but the codec's noise can be seen.
+        output = self.train(["--steps", "4", "--study", "--study-seeds", "1", "--study-setting",
+                             "--compress none", "--study-setting", "--compress lsh --codec-on-self",
+                             "--metrics", self.path("s.jsonl")], limit=120)
+        none, lsh = self.metrics("s.jsonl")
+        self.assertEqual((none["share"], lsh["share"], none["codec_noise"]), (None, None, 0))
+        self.assertGreater(lsh["codec_noise"], 0)
+        self.assertNotIn("nan", output)
+        self.assertRegex(output, r"\n +-  .*  --compress lsh --codec-on-self\n")
 
 
 class Gpu(TrainTest):

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Includes run one way: runtime <- kernels <- comm <- compress <- moe <- launch. Also: public headers
-# need no MPI, NCCL or CUDA header, and nothing below compress sees torch.
+# need no MPI, NCCL or CUDA header, nothing below compress sees torch, and a header that names an
+# exception brings it.
 #
 #   layering.sh SOURCE_TREE          lists what breaks a rule; exit code 1 if anything does
 #   layering.sh --self-test          that each rule finds its breach
@@ -41,6 +42,15 @@ check() {
   forbid "only comm/mpi/adopt.hpp may" 'mpi\.h' "${headers[@]}"
   forbid "no public header may" '(nccl|cuda|cuda_runtime|cuda_runtime_api|cublas_v2)\.h' "${headers[@]}"
 
+  local found
+  found=$(grep -lE '\b(InvalidArgument|CommError|CudaError|NotConfigured)\b|[Tt]hrows (Error|Timeout)\b' \
+    "${headers[@]}" /dev/null | grep -v '/runtime/error\.hpp$' |
+    xargs -r grep -L '#include "lshmoe/runtime/error.hpp"')
+  if [[ -n $found ]]; then
+    sed "s|^$tree/||; s|\$|   <- names an exception without including runtime/error.hpp|" <<<"$found"
+    broken=1
+  fi
+
   mapfile -t lower < <(for layer in runtime kernels comm; do
     files "$layer" '*.hpp' '*.cpp' '*.cu' '*.cuh'
   done | grep -vE '/runtime/(trace\.cpp|cmake/pch\.cpp)$')
@@ -53,12 +63,12 @@ check() {
   return $broken
 }
 
-# breach PATH INCLUDE: a tree with this one line must be refused
+# breach PATH INCLUDE [TEXT]: a tree with these lines must be refused
 breach() {
   local root
   root=$(mktemp -d)
   mkdir -p "$root/$(dirname "$1")"
-  echo "#include $2" >"$root/$1"
+  printf '#include %s\n%s\n' "$2" "${3:-}" >"$root/$1"
   if check "$root" >/dev/null; then
     echo "not found: $2 in $1"
     missed=1
@@ -69,7 +79,7 @@ allowed() {
   local root
   root=$(mktemp -d)
   mkdir -p "$root/$(dirname "$1")"
-  echo "#include $2" >"$root/$1"
+  printf '#include %s\n%s\n' "$2" "${3:-}" >"$root/$1"
   if ! check "$root"; then
     echo "wrongly refused: $2 in $1"
     missed=1
@@ -91,7 +101,10 @@ if [[ ${1:-} == --self-test ]]; then
   breach comm/a.cpp '<torch/torch.h>'
   breach runtime/trace.hpp '<ATen/ATen.h>'
   breach kernels/cpu/a.cpp '"c10/util/BFloat16.h"'
-  allowed moe/a.hpp '"lshmoe/runtime/error.hpp"'
+  breach moe/a.hpp '<string>' '/// Throws InvalidArgument.'
+  breach runtime/a.hpp '<string>' '/// Throws Error when that fails.'
+  allowed moe/a.hpp '"lshmoe/runtime/error.hpp"' '/// Throws InvalidArgument.'
+  allowed moe/a.hpp '<string>' '/// Errors are relative.'
   allowed comm/mpi/adopt.hpp '<mpi.h>'
   allowed runtime/trace.cpp '<torch/torch.h>'
   allowed compress/a.hpp '<torch/torch.h>'

@@ -65,6 +65,23 @@ TEST(Options, CommandLineWinsOverFile) {
   std::remove(path.c_str());
 }
 
+TEST(Options, FilesOfOtherEditors) {
+  const std::string path = ::testing::TempDir() + "options_test_other.ini";
+  for (const char* text :
+       {"\xef\xbb\xbflayers = 7\n", "\xef\xbb\xbf# comment\r\nlayers = 7\r\n", "layers = 7"}) {
+    write_file_atomically(path, std::string(text));
+    Program program;
+    EXPECT_TRUE(program.parse({"--config", path.c_str()}));
+    EXPECT_EQ(program.layers, 7);
+  }
+  write_file_atomically(path, std::string("\xff\xfel\0a\0", 6));  // UTF-16
+  EXPECT_NE(Program().error_of({"--config", path.c_str()}).find("save it as UTF-8"),
+            std::string::npos);
+  std::remove(path.c_str());
+  EXPECT_EQ(Program().error_of({"--config", "/tmp"}),
+            "--config: cannot read '/tmp' (it is a folder): name a file in it");
+}
+
 TEST(Options, ErrorsAreOneLineAndSayWhatToDo) {
   EXPECT_EQ(Program().error_of({"--layer", "3"}),
             "unknown option 'layer' in the command line, did you mean --layers? (see prog --help)");
