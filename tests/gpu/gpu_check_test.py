@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -63,14 +64,29 @@ def report_in(folder):
         return json.load(file)
 
 
-def without_ssh(command):
-    """The command in a mount namespace where neither ssh nor rsh can be started."""
-    hide = "for name in ssh rsh; do program=$(command -v $name) || continue; " \
-           "mount --bind \"$1\" \"$(readlink -f \"$program\")\"; done; shift; exec \"$@\""
-    empty = tempfile.NamedTemporaryFile()
-    job = run("unshare", "-m", "sh", "-c", hide, "sh", empty.name, *command)
-    empty.close()
-    return job
+def without(paths, command):
+    """The command in a mount namespace where these files and folders are empty."""
+    hide = "while [ \"$1\" != -- ]; do mount --bind \"$1\" \"$2\" || exit; shift 2; done; " \
+           "shift; exec \"$@\""
+    with tempfile.NamedTemporaryFile() as file, tempfile.TemporaryDirectory() as folder:
+        mounts = []
+        for path in {os.path.realpath(path) for path in paths}:
+            mounts += [folder if os.path.isdir(path) else file.name, path]
+        return run("unshare", "-m", "sh", "-c", hide, "sh", *mounts, "--", *command)
+
+
+def remote_shells():
+    return list(filter(None, map(shutil.which, ("ssh", "rsh"))))
+
+
+def of_this_machine(build):
+    """What a bare GPU machine lacks of what a build needs here: Open MPI, and the libraries beside
+    torch's. Not those that Python needs too."""
+    needed = run("ldd", os.path.join(build, "tests", "comm", "test_comm_device")).stdout
+    libraries = re.findall(r"=> (/\S*/lib(?:mpi|open-|pmix|hwloc|event|fmt|spdlog|boost|gtest)\S*)",
+                           needed)
+    plugins = run("ompi_info", "--path", "pkglibdir").stdout.split()[-1]
+    return [shutil.which("mpirun"), shutil.which("orted"), plugins, *libraries]
 
 
 class Pack(unittest.TestCase):
@@ -135,12 +151,15 @@ class Pack(unittest.TestCase):
             self.assertRegex(report["verdict"], "not started: the driver names 1 x Fake, but .*cuda")
 
             if os.geteuid() != 0:
-                self.skipTest("not root: ssh cannot be hidden")
-            checked = without_ssh([os.path.join(HERE, "check.sh"), "--pack", file, "--out", out,
-                                   "--only", "comm/device_2"])
+                self.skipTest("not root: nothing can be hidden")
+            bare = remote_shells() + of_this_machine(BUILD)
+            here = without(bare, [os.path.join(BUILD, "tests", "comm", "test_comm_device")])
+            self.assertIn("error while loading shared libraries", here.stderr)
+            checked = without(bare, [os.path.join(HERE, "check.sh"), "--pack", file, "--out", out,
+                                     "--only", "comm/device_"])
             self.assertEqual(checked.returncode, check.NO_GPU, checked.stdout + checked.stderr)
             self.assertEqual([len(item["tests"]["passed"]) > 0 for item in report_in(out)["items"]
-                              if item["kind"] == "test"], [True])
+                              if item["kind"] == "test"], [True] * 3)
 
 
 class WithoutSsh(unittest.TestCase):
@@ -152,7 +171,7 @@ class WithoutSsh(unittest.TestCase):
         here = f". '{common}'; mpi_environment;"
         for prepare, args, want in (("", "-n 2", False), (here, "-n 2", True),
                                     (here, "--host localhost,elsewhere -n 2", False)):
-            done = without_ssh(["bash", "-c", job.format(prepare, args)])
+            done = without(remote_shells(), ["bash", "-c", job.format(prepare, args)])
             self.assertEqual(done.returncode == 0, want, done.stderr)
             self.assertNotEqual(done.returncode, 124, "mpirun waits for a host that it cannot reach")
         # Where there is ssh, the variable stays as it is.
