@@ -5,6 +5,7 @@
 #include <numeric>
 #include <optional>
 
+#include "lshmoe/moe/check_sizes.hpp"
 #include "lshmoe/moe/first_order.hpp"
 #include "lshmoe/moe/random.hpp"
 #include "lshmoe/runtime/error.hpp"
@@ -95,6 +96,13 @@ ExpertsImpl::ExpertsImpl(ExpertsOptions experts_options) : options(std::move(exp
 }
 
 FfnWeights ExpertsImpl::weights(at::ScalarType dtype) const {
+  const int64_t local = options.num_local_experts(), hidden = options.hidden_size(),
+                ffn = options.ffn_hidden_size();
+  check_sizes("the experts' w1", w1, {local, ffn, hidden});
+  check_sizes("the experts' w2", w2, {local, hidden, ffn});
+  if (b1.defined()) check_sizes("the experts' b1", b1, {local, ffn});
+  if (b2.defined()) check_sizes("the experts' b2", b2, {local, hidden});
+  if (w3.defined()) check_sizes("the experts' w3", w3, {local, ffn, hidden});
   const auto cast = [&](const at::Tensor& parameter) {
     return parameter.defined() ? parameter.to(dtype) : at::Tensor();
   };

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "lshmoe/moe/ffn.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
 
@@ -41,7 +42,8 @@ class ExpertsImpl : public torch::nn::Module {
   /// rows [sum(rows_per_expert), hidden], expert-major. An expert without rows still gets (zero)
   /// gradients. Local.
   at::Tensor forward(const at::Tensor& rows, const std::vector<int64_t>& rows_per_expert);
-  /// The parameters cast to the dtype of the rows; differentiable.
+  /// The parameters cast to the dtype of the rows; differentiable. Throws InvalidArgument where
+  /// they have other sizes than the options say, as a file of another ep_size leaves them.
   [[nodiscard]] FfnWeights weights(at::ScalarType dtype) const;
 
   const ExpertsOptions options;

@@ -5,7 +5,10 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <sstream>
+
 #include "lshmoe/runtime/error.hpp"
+#include "tests/support/errors.hpp"
 
 namespace lshmoe {
 namespace {
@@ -83,6 +86,19 @@ TEST(Experts, RefusesRowsThatDoNotFit) {
   EXPECT_THROW(experts->forward(at::empty({3, 5}), {1, 2}), InvalidArgument);
   EXPECT_THROW(experts->forward(at::empty({3, 4}), {3}), InvalidArgument);
   EXPECT_THROW(Experts(ExpertsOptions(4, 8, 2).activation("tanh")), InvalidArgument);
+}
+
+TEST(Experts, RefuseParametersOfAnotherEpSize) {
+  for (const char* activation : {"gelu", "swiglu"}) {
+    Experts two(ExpertsOptions(4, 8, 2).activation(activation)),
+        four(ExpertsOptions(4, 8, 4).activation(activation));
+    std::stringstream file;
+    torch::save(four, file);
+    torch::load(two, file);
+    testing::expect_error("the experts' w1 is [4, 8, 4], but this layer's is [2, 8, 4]", [&] {
+      (void)two->forward(at::ones({3, 4}), {1, 2});
+    });
+  }
 }
 
 }  // namespace
