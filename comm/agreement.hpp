@@ -16,7 +16,13 @@ namespace lshmoe {
 ///
 ///     run_together(*groups.world, [&] { (loss_of(batch)).backward(); });
 ///
-/// Collective over `comm`, which `part` must not use otherwise: 8 bytes to each rank.
+/// Collective over `comm`, 8 bytes to each rank. `part` may use `comm` only behind
+/// go_on_together().
 void run_together(Communicator& comm, const std::function<void()>& part);
+
+/// Before a collective over `comm` inside a run_together() of it: throws StepAbandoned on all ranks
+/// that are still in their parts where one of them has left its own. Collective over `comm`, 8
+/// bytes to each rank.
+void go_on_together(Communicator& comm);
 
 }  // namespace lshmoe

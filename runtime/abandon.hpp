@@ -25,6 +25,8 @@ class StepAbandoned : public Error {
 
   const Reason reason;
   const std::string cause;
+  /// Thrown by all ranks of a run_together(): there is nobody left to tell.
+  bool agreed = false;
 };
 
 /// Asks for the current step to be abandoned: the next exchange of this process throws

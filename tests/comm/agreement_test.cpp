@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <span>
 #include <string>
 
 #include "lshmoe/runtime/error.hpp"
@@ -46,6 +47,28 @@ TEST(Agreement, AllThrowWhatTheLowestRankThrew) {
     }
   }
   world()->barrier();  // the communicator still works
+}
+
+TEST(Agreement, WhoIsStillInItsPartThrowsBeforeItsNextCollective) {
+  const int rank = world()->rank(), last = world()->size() - 1;
+  double rounds = 0;
+  try {
+    run_together(*world(), [&] {
+      for (; rounds < 5; ++rounds) {
+        if (rank == last && rounds == 3) throw StepAbandoned(Reason::not_finite, "round 3");
+        go_on_together(*world());
+        double sum = 1;
+        world()->all_reduce(std::span(&sum, 1), ReduceOp::sum, Purpose::control);
+        EXPECT_EQ(sum, last + 1);
+      }
+    });
+    ADD_FAILURE() << "rank " << rank << " goes on";
+  } catch (const StepAbandoned& error) {
+    EXPECT_TRUE(error.agreed);
+    EXPECT_EQ(error.cause, "round 3");
+  }
+  EXPECT_EQ(rounds, 3);
+  world()->barrier();
 }
 
 TEST(Agreement, OtherErrorsPass) {
