@@ -2,8 +2,11 @@
 
 #include <memory>
 #include <numeric>
+#include <unordered_set>
 
+#include "lshmoe/comm/agreement.hpp"
 #include "lshmoe/moe/overlap.hpp"
+#include "lshmoe/moe/world_load.hpp"
 #include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
@@ -14,11 +17,17 @@ GateOptions gate_options(const MoELayerOptions& o) {
       .top_k(o.top_k())
       .score_function(o.score_function())
       .normalize_top_k(o.normalize_top_k())
+      .num_groups(o.num_groups())
+      .top_k_groups(o.top_k_groups())
+      .routed_scaling_factor(o.routed_scaling_factor())
+      .logit_noise(o.logit_noise())
       .capacity_factor(o.capacity_factor())
       .drop_policy(o.drop_policy())
       .aux_loss_coeff(o.aux_loss_coeff())
+      .aux_loss_scope(o.aux_loss_scope())
       .z_loss_coeff(o.z_loss_coeff())
       .expert_bias_rate(o.expert_bias_rate())
+      .custom_gate(o.custom_gate())
       .layer(o.layer())
       .seed(o.seed());
 }
@@ -124,12 +133,12 @@ at::Tensor MoELayerImpl::run_experts(const at::Tensor& rows,
   return at::cat(outputs);
 }
 
-MoEOutput MoELayerImpl::forward(const at::Tensor& x) {
+MoEOutput MoELayerImpl::forward(const at::Tensor& x, const RouteInputs& inputs) {
   LSHMOE_VALIDATE(x.dim() >= 2 && x.size(-1) == options.hidden_size(), "the MoE layer's input is ",
                   x.sizes(), " (must be [tokens, ", options.hidden_size(), "] or [batch, seq, ",
                   options.hidden_size(), "])");
   const at::Tensor tokens = x.reshape({-1, options.hidden_size()});
-  const GateOutput routing = gate->forward(tokens);
+  GateOutput routing = gate->forward(x, inputs);
   const auto timer = std::make_shared<PhaseTimer>();
   MoEOutput out;
   at::Tensor output;
@@ -153,8 +162,20 @@ MoEOutput MoELayerImpl::forward(const at::Tensor& x) {
     out.stats.exchange = dispatched.stats;
     out.stats.tokens_per_expert = dispatched.tokens_per_expert;
   }
+  if (options.aux_loss_coeff() > 0 && options.aux_loss_scope() == "world" &&
+      groups_.world->size() > 1) {
+    // The ranks have just met in the exchange: here they wait least for each other. Those of
+    // another expert group may have given the step up.
+    if (groups_.expert->size() < groups_.world->size()) go_on_together(*groups_.world);
+    routing.aux_loss = gate->aux_loss(routing, sum_over(*groups_.world, routing.load));
+  }
   if (!shared_expert_.is_empty()) {
-    output = output + shared_expert_->forward(tokens, {tokens.size(0)});
+    // By where, not by a product: a masked row may hold NaN.
+    const at::Tensor mask =
+        inputs.mask().defined() ? inputs.mask().reshape({-1, 1}).to(x.device()) : at::Tensor();
+    const at::Tensor y = shared_expert_->forward(
+        mask.defined() ? at::where(mask, tokens, 0) : tokens, {tokens.size(0)});
+    output = output + (mask.defined() ? at::where(mask, y, 0) : y);
   }
 
   out.output = output.view(x.sizes());
@@ -176,6 +197,25 @@ std::vector<at::Tensor> MoELayerImpl::expert_parameters() const {
     for (const at::Tensor& parameter : module.ptr()->parameters()) all.push_back(parameter);
   }
   return all;
+}
+
+std::vector<MoELayerImpl*> moe_layers(torch::nn::Module& model) {
+  std::vector<MoELayerImpl*> layers;
+  std::unordered_set<const MoELayerImpl*> seen;  // a module may be registered twice
+  const auto add = [&](torch::nn::Module* module) {
+    auto* layer = dynamic_cast<MoELayerImpl*>(module);
+    if (layer != nullptr && seen.insert(layer).second) layers.push_back(layer);
+  };
+  add(&model);  // modules(true) would need a shared_ptr that owns it
+  for (const auto& module : model.modules(/*include_self=*/false)) add(module.get());
+  return layers;
+}
+
+void end_step(torch::nn::Module& model) {
+  for (MoELayerImpl* layer : moe_layers(model)) {
+    layer->update_expert_bias();
+    layer->refresh_codecs();
+  }
 }
 
 }  // namespace lshmoe

@@ -27,12 +27,19 @@ struct MoELayerOptions {
   TORCH_ARG(int64_t, top_k) = 2;
   TORCH_ARG(std::string, activation) = "gelu";
   TORCH_ARG(std::string, score_function) = "softmax";
+  // Of the router: see GateOptions.
   TORCH_ARG(std::optional<bool>, normalize_top_k) = std::nullopt;
+  TORCH_ARG(int64_t, num_groups) = 1;
+  TORCH_ARG(int64_t, top_k_groups) = 1;
+  TORCH_ARG(double, routed_scaling_factor) = 1.0;
+  TORCH_ARG(double, logit_noise) = 0.0;
   TORCH_ARG(double, capacity_factor) = 0.0;
   TORCH_ARG(std::string, drop_policy) = "probs";
   TORCH_ARG(double, aux_loss_coeff) = 0.0;
+  TORCH_ARG(std::string, aux_loss_scope) = "world";
   TORCH_ARG(double, z_loss_coeff) = 0.0;
   TORCH_ARG(double, expert_bias_rate) = 0.0;
+  TORCH_ARG(std::function<torch::nn::AnyModule()>, custom_gate) = nullptr;
   /// FFN width of an expert that every token passes, on its own rank; 0 = none.
   TORCH_ARG(int64_t, shared_expert_size) = 0;
   TORCH_ARG(int64_t, alignment) = 1;
@@ -91,11 +98,15 @@ class MoELayerImpl : public torch::nn::Module {
   /// Local. Throws InvalidArgument for options that do not fit each other or the groups.
   MoELayerImpl(MoELayerOptions options, ExpertGroups groups);
 
-  /// x [tokens, hidden] or [batch, seq, hidden]; tokens may differ per rank, or be 0. Collective
-  /// over groups.expert, and so is its backward. Rows with NaN or Inf: see Dispatcher::dispatch.
-  /// Keeps no state of the forward: several forwards
-  /// before a backward, accumulation and recomputation give the right gradients.
-  MoEOutput forward(const at::Tensor& x);
+  /// x [tokens, hidden] or [batch, seq, hidden]; tokens may differ per rank, or be 0. inputs: a
+  /// mask of padding, ids to replay; forward(x, mask) is enough for the first. Masked tokens come
+  /// back as zeros. Collective over groups.expert, and so is its backward; the forward over
+  /// groups.world too where aux_loss_coeff > 0 and aux_loss_scope is world (one all_reduce of
+  /// num_experts integers). Keeps no state of the forward: several forwards before a backward,
+  /// accumulation and recomputation give the right gradients. Throws InvalidArgument as the gate
+  /// does; rows with NaN or infinity: see Dispatcher::dispatch. Several expert groups: forward and
+  /// backward go through run_together (comm/agreement.hpp).
+  MoEOutput forward(const at::Tensor& x, const RouteInputs& inputs = {});
 
   /// See GateImpl::update_expert_bias. Collective over the world.
   void update_expert_bias();
@@ -118,7 +129,18 @@ class MoELayerImpl : public torch::nn::Module {
   Experts shared_expert_{nullptr};
 
   at::Tensor run_experts(const at::Tensor& rows, const std::vector<int64_t>& rows_per_expert);
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(RouteInputs())})
 };
 TORCH_MODULE(MoELayer);
+
+/// The MoE layers of `model`, itself included, each once, in the order of its modules. Local.
+[[nodiscard]] std::vector<MoELayerImpl*> moe_layers(torch::nn::Module& model);
+
+/// Ends an optimiser step: update_expert_bias() and refresh_codecs() of every MoE layer of `model`.
+/// Call it once a step, after the optimiser. Collective over the world: every rank holds as many
+/// layers, in the same order.
+void end_step(torch::nn::Module& model);
 
 }  // namespace lshmoe

@@ -8,6 +8,7 @@
 #include <limits>
 #include <string>
 
+#include "lshmoe/comm/agreement.hpp"
 #include "lshmoe/moe/layer.hpp"
 #include "tests/support/main.hpp"
 
@@ -129,6 +130,47 @@ TEST(Abandon, AWishToStopEndsTheStepOnAllRanks) {
     EXPECT_EQ(after.cause, "");
     EXPECT_TRUE(after.output.equal(before.output));
     EXPECT_TRUE(after.grad.equal(before.grad));
+  }
+}
+
+// The other groups learn of it before the world's load is summed up.
+TEST(Abandon, SeveralGroupsWithTheAuxLossOfTheWorld) {
+  const int ranks = world()->size();
+  for (int ep = 1; ep <= ranks; ep *= 2) {
+    SCOPED_TRACE("ep_size " + std::to_string(ep));
+    MoELayer layer(MoELayerOptions(kHidden, 16, kExperts)
+                       .seed(4)
+                       .layer(6)
+                       .codec(CodecOptions().kind("fp8"))
+                       .codec_on_self(true)
+                       .aux_loss_coeff(0.1),
+                   make_expert_groups(world(), ep));
+    at::Generator stream = at::make_generator<at::CPUGeneratorImpl>(uint64_t{5});
+    const at::Tensor x = at::randn({kTokens, kHidden}, stream).set_requires_grad(true);
+    // Two micro-batches; the gradient of one is spoiled on the last rank.
+    const auto step = [&](int spoiled) -> std::string {
+      try {
+        run_together(*world(), [&] {
+          for (int part = 0; part < 2; ++part) {
+            const MoEOutput out = layer->forward(x);
+            at::Tensor grad = at::ones_like(x);
+            if (part == spoiled && world()->rank() == ranks - 1)
+              grad[3][1] = std::numeric_limits<float>::quiet_NaN();
+            out.output.backward(grad);
+          }
+        });
+        return "";
+      } catch (const StepAbandoned& error) {
+        EXPECT_TRUE(error.agreed);
+        return error.cause;
+      }
+    };
+    EXPECT_EQ(step(-1), "");
+    for (const int spoiled : {0, 1}) {
+      EXPECT_NE(step(spoiled).find("sends in combine_backward of layer 6 holds NaN or infinity"),
+                std::string::npos);
+    }
+    EXPECT_EQ(step(-1), "");
   }
 }
 

@@ -4,14 +4,18 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <numeric>
 
+#include "lshmoe/comm/self/self.hpp"
+#include "lshmoe/moe/gradients.hpp"
 #include "tests/support/errors.hpp"
 #include "tests/support/layer_runs.hpp"
 #include "tests/support/main.hpp"
 
 namespace lshmoe {
 namespace {
+using testing::DenseInputs;
 using testing::DenseLayer;
 using testing::DenseRun;
 using testing::expect_error;
@@ -57,21 +61,52 @@ int64_t own(const std::vector<int64_t>& tokens_of_rank) {
 }
 
 /// Forward and all gradients are those of the dense loop. expert_bias: undefined, or the gate's.
+/// The rows are inputs.sequences sequences.
 void expect_dense(const MoELayerOptions& options, const ExpertGroups& groups,
-                  const std::vector<int64_t>& tokens_of_rank,
-                  const std::vector<at::ScalarType>& dtypes, const at::Tensor& expert_bias = {}) {
+                  const RankInput& input, const std::vector<at::ScalarType>& dtypes,
+                  const at::Tensor& expert_bias, const DenseInputs& inputs) {
   DenseLayer dense(options);
   if (expert_bias.defined()) dense.expert_bias = expert_bias;
-  const RankInput input = own_input(own(tokens_of_rank));
-  const DenseRun expected = run_dense(dense, options, groups, input);
+  const DenseRun expected = run_dense(dense, options, groups, input, inputs);
+  const auto in_sequences = [&](const at::Tensor& rows) {
+    return inputs.sequences == 1 ? rows : rows.view({inputs.sequences, -1, kHidden});
+  };
   for (const at::ScalarType dtype : dtypes) {
     SCOPED_TRACE(dtype);
     MoELayer layer = make_layer(options, groups, dtype);
     if (expert_bias.defined()) layer->gate->expert_bias.copy_(expert_bias);
-    const LayerRun got = run_layer(layer, input.rows, dtype, input.direction);
+    LayerRun got = run_layer(layer, in_sequences(input.rows), dtype, in_sequences(input.direction),
+                             RouteInputs(inputs.mask).topk_ids(inputs.topk_ids));
+    for (at::Tensor* rows : {&got.output, &got.gradients.at("x")})
+      *rows = rows->view({-1, kHidden});
     expect_runs_equal(got, expected.run, tolerance_of(dtype));
     EXPECT_EQ(got.stats.tokens_per_expert, expected.tokens_per_expert);
+    if (!inputs.mask.defined()) continue;
+    for (const at::Tensor& rows : {got.output, got.gradients.at("x")}) {
+      const at::Tensor masked = rows.index({inputs.mask.logical_not()});
+      EXPECT_TRUE(at::equal(masked, at::zeros_like(masked)));
+    }
   }
+}
+
+void expect_dense(const MoELayerOptions& options, const ExpertGroups& groups,
+                  const std::vector<int64_t>& tokens_of_rank,
+                  const std::vector<at::ScalarType>& dtypes, const at::Tensor& expert_bias = {}) {
+  expect_dense(options, groups, own_input(own(tokens_of_rank)), dtypes, expert_bias, {});
+}
+
+/// A mask of about two thirds of the tokens, another on each rank; the last rank's tokens are all
+/// masked where there are more ranks.
+at::Tensor some_mask(int64_t tokens) {
+  const int rank = world()->rank();
+  if (rank > 0 && rank == world()->size() - 1) return at::zeros({tokens}, at::kBool);
+  return (at::arange(tokens) + rank).remainder(3).ne(1);
+}
+
+/// Padding may hold anything.
+RankInput with_nan(RankInput input, const at::Tensor& mask) {
+  input.rows.masked_fill_(mask.logical_not().unsqueeze(1), NAN);
+  return input;
 }
 
 class LayerTest : public ::testing::TestWithParam<std::tuple<int, int, const char*>> {};
@@ -128,6 +163,235 @@ TEST(Layer, SharedExpertCapacityAndAlignment) {
                    groups, uneven(0), {at::kDouble, at::kBFloat16});
     }
   }
+}
+
+TEST(Layer, MaskedTokensHaveNoPart) {
+  const ExpertGroups groups = make_expert_groups(world());
+  for (const char* score : {"softmax", "sigmoid"}) {
+    for (const int64_t overlap : {1, 2}) {
+      SCOPED_TRACE(::testing::Message() << score << ", overlap " << overlap);
+      DenseInputs inputs;
+      inputs.mask = some_mask(24);
+      inputs.sequences = 4;
+      const MoELayerOptions options = small()
+                                          .score_function(score)
+                                          .aux_loss_coeff(0.5)
+                                          .z_loss_coeff(0.1)
+                                          .capacity_factor(0.75)
+                                          .shared_expert_size(12)
+                                          .overlap_degree(overlap);
+      const RankInput input = with_nan(own_input(24), inputs.mask);
+      expect_dense(options, groups, input, {at::kDouble, at::kFloat, at::kBFloat16}, {}, inputs);
+      expect_dense(MoELayerOptions(options).aux_loss_scope("sequence"), groups, input,
+                   {at::kDouble}, {}, inputs);
+    }
+  }
+}
+
+TEST(Layer, MaskedTokensAreAsIfTheyWereNotThere) {
+  const ExpertGroups groups = make_expert_groups(world());
+  const CodecOptions lsh = CodecOptions().kind("lsh").max_error(0.1);
+  const at::Tensor mask = some_mask(40);
+  const RankInput input = with_nan(own_input(40), mask);
+  for (const CodecOptions& codec :
+       {CodecOptions().kind("none"), lsh, CodecOptions(lsh).restore("source").alpha(1)}) {
+    SCOPED_TRACE(codec.kind() + " " + codec.restore());
+    MoELayer layer =
+        make_layer(small().aux_loss_coeff(0.5).codec(codec).codec_on_self(true), groups);
+    LayerRun got = run_layer(layer, input.rows, at::kFloat, input.direction, mask);
+    const LayerRun expected =
+        run_layer(layer, input.rows.index({mask}), at::kFloat, input.direction.index({mask}));
+    for (at::Tensor* rows : {&got.output, &got.gradients.at("x")}) {
+      const at::Tensor masked = rows->index({mask.logical_not()});
+      EXPECT_TRUE(at::equal(masked, at::zeros_like(masked)));
+      *rows = rows->index({mask});
+    }
+    expect_runs_equal(got, expected, 0);
+  }
+}
+
+TEST(Layer, GroupsScalingAndReplay) {
+  const ExpertGroups groups = make_expert_groups(world());
+  const MoELayerOptions options = small()
+                                      .top_k(2)
+                                      .num_groups(4)
+                                      .top_k_groups(2)
+                                      .routed_scaling_factor(2.5)
+                                      .aux_loss_coeff(0.5)
+                                      .z_loss_coeff(0.1);
+  const at::Tensor bias = testing::random_rows(1, 8, 5, 0).view(-1).to(at::kFloat) / 4;
+  for (const char* scope : {"world", "rank", "sequence"}) {
+    SCOPED_TRACE(scope);
+    DenseInputs inputs;
+    inputs.sequences = 3;
+    expect_dense(MoELayerOptions(options).aux_loss_scope(scope), groups, own_input(18),
+                 {at::kDouble, at::kFloat}, {}, inputs);
+    expect_dense(MoELayerOptions(options).aux_loss_scope(scope).score_function("sigmoid"), groups,
+                 own_input(18), {at::kDouble, at::kFloat}, bias, inputs);
+    inputs.topk_ids =
+        at::stack({at::arange(18), at::arange(18) + 1 + world()->rank()}, 1).remainder(8);
+    inputs.topk_ids[3][1] = -1;
+    inputs.topk_ids[4].fill_(-1);
+    expect_dense(MoELayerOptions(options).aux_loss_scope(scope), groups, own_input(18),
+                 {at::kDouble, at::kFloat}, {}, inputs);
+  }
+}
+
+// The same global batch on 1 rank and on all, in any layout: outputs, losses, reduced gradients.
+TEST(Layer, TheNumberOfRanksChangesNothing) {
+  const int ranks = world()->size(), rank = world()->rank();
+  const auto options_of = [](const char* scope, int64_t overlap) {
+    return small()
+        .top_k(2)
+        .aux_loss_coeff(0.5)
+        .aux_loss_scope(scope)
+        .z_loss_coeff(0.1)
+        .shared_expert_size(8)
+        .overlap_degree(overlap);
+  };
+  for (const bool equal_tokens : {true, false}) {
+    std::vector<int64_t> tokens = equal_tokens ? same_on_all(8) : uneven(2);
+    const int64_t total = std::accumulate(tokens.begin(), tokens.end(), int64_t{0});
+    std::vector<at::Tensor> rows, directions;
+    for (int r = 0; r < ranks; ++r) {
+      const RankInput input = input_of_rank(r, tokens[static_cast<std::size_t>(r)], kHidden);
+      rows.push_back(input.rows);
+      directions.push_back(input.direction);
+    }
+    // The mean over tokens; a rank's loss is scaled by its share of them.
+    const double share = static_cast<double>(own(tokens) * ranks) / static_cast<double>(total);
+    const auto loss = [](const MoEOutput& out, const at::Tensor& direction) {
+      return (out.output * direction).sum() /
+                 static_cast<double>(std::max<int64_t>(1, direction.size(0))) +
+             out.aux_loss + out.z_loss;
+    };
+    for (const at::ScalarType dtype : {at::kDouble, at::kFloat}) {
+      for (const int64_t overlap : {1, 2}) {
+        MoELayer whole =
+            make_layer(options_of("world", 1), make_expert_groups(make_self_communicator()), dtype);
+        const MoEOutput of_all = whole->forward(at::cat(rows).to(dtype));
+        loss(of_all, at::cat(directions).to(dtype)).backward();
+        for (const char* scope : {"world", "rank"}) {
+          for (int ep = 1; ep <= ranks; ep *= 2) {
+            SCOPED_TRACE(::testing::Message() << "scope " << scope << ", ep_size " << ep << ", "
+                                              << dtype << ", equal tokens " << equal_tokens);
+            const ExpertGroups groups = make_expert_groups(world(), ep);
+            MoELayer layer = make_layer(options_of(scope, overlap), groups, dtype);
+            GradientReducer reducer(groups, *layer);
+            const auto own_rank = static_cast<std::size_t>(rank);
+            const MoEOutput out = layer->forward(rows[own_rank].to(dtype));
+            (share * loss(out, directions[own_rank].to(dtype))).backward();
+            double aux = share * out.aux_loss.item<double>() / ranks;
+            world()->all_reduce(std::span(&aux, 1), ReduceOp::sum, Purpose::control);
+            reducer.reduce();
+            const double whole_aux = of_all.aux_loss.item<double>();
+            const double difference = std::abs(aux - whole_aux) / whole_aux;
+            if (std::string(scope) == "rank") {
+              // What a rank's own load gives is another loss: the test can tell.
+              EXPECT_EQ(difference > 1e-3, ranks > 1) << difference;
+              continue;
+            }
+            const double tolerance = dtype == at::kDouble ? 1e-12 : 1e-5;
+            EXPECT_LE(difference, tolerance);
+            const int64_t first =
+                std::accumulate(tokens.begin(), tokens.begin() + rank, int64_t{0});
+            EXPECT_LE(relative_error(out.output, of_all.output.narrow(0, first, own(tokens))),
+                      tolerance);
+            for (const auto& parameter : layer->named_parameters()) {
+              at::Tensor expected = whole->named_parameters()[parameter.key()].grad();
+              if (parameter.key().rfind("experts.", 0) == 0)
+                expected = expected.narrow(0, 8 / ep * groups.expert->rank(), 8 / ep);
+              EXPECT_LE(relative_error(parameter.value().grad(), expected), tolerance)
+                  << parameter.key();
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Layer, ACustomGateTakesThePlaceOfTheBuiltIn) {
+  const ExpertGroups groups = make_expert_groups(world());
+  const GateOptions gate_options = GateOptions(kHidden, 8).seed(3).layer(2).aux_loss_coeff(0.1);
+  MoELayer built_in = make_layer(small().aux_loss_coeff(0.1).aux_loss_scope("rank"), groups);
+  MoELayer custom = make_layer(
+      small().custom_gate([&] { return torch::nn::AnyModule(Gate(gate_options)); }), groups);
+  const at::Tensor mask = some_mask(20);
+  const RankInput input = with_nan(own_input(20), mask);
+  LayerRun expected = run_layer(built_in, input.rows, at::kFloat, input.direction, mask);
+  const LayerRun got = run_layer(custom, input.rows, at::kFloat, input.direction, mask);
+  auto node = expected.gradients.extract("gate.weight");
+  node.key() = "gate.custom.weight";
+  expected.gradients.insert(std::move(node));
+  expect_runs_equal(got, expected, 0);
+  EXPECT_TRUE(at::equal(got.stats.load, expected.stats.load));
+  // Its parameters are shared ones.
+  const GradientReducer reducer(groups, *custom);
+  EXPECT_EQ(reducer.shared_parameters().size(), 1U);
+}
+
+TEST(Layer, EndStepUpdatesBiasesAndCodecsOfEveryLayerOnce) {
+  const ExpertGroups groups = make_expert_groups(world());
+  const CodecOptions learned =
+      CodecOptions().kind("lsh").max_error(0.1).state("learned").codebook_size(8).sample_rows(64);
+  const auto make = [&](int64_t layer) {
+    return make_layer(small()
+                          .layer(layer)
+                          .score_function("sigmoid")
+                          .expert_bias_rate(0.25)
+                          .codec(learned)
+                          .codec_on_self(true),
+                      groups);
+  };
+  struct Model : torch::nn::Module {
+    Model(MoELayer first, MoELayer second) : layers{std::move(first), std::move(second)} {
+      register_module("first", layers[0]);
+      inner->push_back(layers[1]);
+      inner->push_back(layers[0]);  // shared, not another layer
+      register_module("inner", inner);
+    }
+    std::vector<MoELayer> layers;
+    torch::nn::Sequential inner;
+  };
+  Model model(make(0), make(1)), by_hand(make(0), make(1));
+  EXPECT_EQ(moe_layers(model).size(), 2U);
+  EXPECT_EQ(moe_layers(*model.layers[0]).size(), 1U);
+  for (int step = 0; step < 2; ++step) {
+    const RankInput input = own_input(64, static_cast<uint64_t>(step));
+    for (Model* one : {&model, &by_hand})
+      for (MoELayer& layer : one->layers)
+        (void)run_layer(layer, input.rows, at::kFloat, input.direction);
+    end_step(model);
+    for (MoELayer& layer : by_hand.layers) {
+      layer->update_expert_bias();
+      layer->refresh_codecs();
+    }
+    for (std::size_t l = 0; l < 2; ++l) {
+      EXPECT_TRUE(
+          at::equal(model.layers[l]->gate->expert_bias, by_hand.layers[l]->gate->expert_bias));
+      if (step == 0) {
+        EXPECT_GT(model.layers[l]->gate->expert_bias.abs().max().item<double>(), 0);
+      }
+      const auto state = [&](Model& of) {
+        return of.layers[l]->dispatcher().state_stats(Direction::dispatch);
+      };
+      EXPECT_EQ(state(model).version, step + 1);
+      EXPECT_EQ(state(model).checksum, state(by_hand).checksum);
+    }
+  }
+}
+
+TEST(Layer, MovesToBfloat16ButForItsRouter) {
+  MoELayer layer = make_layer(small().score_function("sigmoid"), make_expert_groups(world()));
+  const RankInput input = own_input(9);
+  const LayerRun before = run_layer(layer, input.rows, at::kBFloat16, input.direction);
+  layer->to(at::kBFloat16);
+  EXPECT_EQ(layer->gate->weight.scalar_type(), at::kFloat);
+  EXPECT_EQ(layer->gate->expert_bias.scalar_type(), at::kFloat);
+  EXPECT_EQ(layer->experts->w1.scalar_type(), at::kBFloat16);
+  // The parameters were round: nothing was lost.
+  expect_runs_equal(run_layer(layer, input.rows, at::kBFloat16, input.direction), before, 0);
 }
 
 TEST(Layer, FiniteDifferences) {
@@ -383,14 +647,17 @@ class Recompute : public torch::autograd::Function<Recompute> {
 };
 
 TEST(Layer, Recomputation) {
-  MoELayer layer = make_layer(small(), make_expert_groups(world()), at::kDouble);
-  const RankInput input = own_input(own(uneven(0)));
-  const at::Tensor x = input.rows.clone().set_requires_grad(true);
-  const auto expected =
-      gradients_after(layer, {x}, [&] { layer->forward(x).output.backward(input.direction); });
-  const auto got = gradients_after(
-      layer, {x}, [&] { Recompute::apply(x, layer.get()).backward(input.direction); });
-  expect_near(got, expected);
+  for (const double noise : {0.0, 0.3}) {  // drawn again, and the same
+    MoELayer layer = make_layer(small().aux_loss_coeff(0.1).logit_noise(noise),
+                                make_expert_groups(world()), at::kDouble);
+    const RankInput input = own_input(own(uneven(0)));
+    const at::Tensor x = input.rows.clone().set_requires_grad(true);
+    const auto expected =
+        gradients_after(layer, {x}, [&] { layer->forward(x).output.backward(input.direction); });
+    const auto got = gradients_after(
+        layer, {x}, [&] { Recompute::apply(x, layer.get()).backward(input.direction); });
+    expect_near(got, expected);
+  }
 }
 
 TEST(Layer, CustomExperts) {
@@ -488,6 +755,14 @@ TEST(LayerOptions, AreChecked) {
   refused(MoELayerOptions(8, 16, 4).overlap_degree(2).custom_expert(
               [](int64_t) { return torch::nn::AnyModule(torch::nn::Linear(8, 8)); }),
           1, "overlap_degree is 2, but the experts are custom ones");
+  refused(MoELayerOptions(8, 16, 4).num_groups(3), 1, "num_groups is 3");
+  refused(MoELayerOptions(8, 16, 4).num_groups(4).top_k_groups(5), 1, "top_k_groups is 5");
+  refused(MoELayerOptions(8, 16, 4).routed_scaling_factor(-1), 1, "routed_scaling_factor is -1");
+  refused(MoELayerOptions(8, 16, 4).logit_noise(-1), 1, "logit_noise is -1");
+  refused(MoELayerOptions(8, 16, 4).aux_loss_scope("all"), 1, "unknown aux_loss_scope 'all'");
+  refused(MoELayerOptions(8, 16, 4).aux_loss_coeff(1).custom_gate(
+              [] { return torch::nn::AnyModule(Gate(GateOptions(8, 4))); }),
+          1, "aux_loss_coeff is set, but the gate is a custom one");
   refused(MoELayerOptions(8, 16, 4).grouped_gemm("all"), 1, "unknown grouped_gemm 'all'");
   refused(MoELayerOptions(8, 16, 4).codec(CodecOptions().kind("zip")), 1, "zip");
   refused(MoELayerOptions(8, 16, 4).codec(CodecOptions().max_error(-1)), 1, "max_error");

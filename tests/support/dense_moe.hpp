@@ -14,15 +14,25 @@
 namespace lshmoe::testing {
 
 struct DenseRouting {
-  at::Tensor ids;      ///< int64 [tokens, k]; -1 = dropped
-  at::Tensor weights;  ///< [tokens, k]; 0 where dropped
+  at::Tensor ids;      ///< int64 [tokens, k]; -1 = dropped or masked
+  at::Tensor weights;  ///< [tokens, k]; 0 where dropped or masked
   at::Tensor aux_loss, z_loss;
   std::vector<int64_t> load;  ///< [num_experts]: choices before dropping
 };
 
+/// What a forward is given beside x, as RouteInputs, and what else the losses depend on.
+struct DenseInputs {
+  at::Tensor mask;                  ///< bool [tokens]; undefined: all take part
+  at::Tensor topk_ids;              ///< int64 [tokens, k]; undefined: the gate chooses
+  int64_t sequences = 1;            ///< for aux_loss_scope sequence
+  std::vector<int64_t> world_load;  ///< for aux_loss_scope world; empty: these tokens' own load
+};
+
 /// x [tokens, hidden] and weight [num_experts, hidden] in double; bias [num_experts], for sigmoid.
+/// Noise and custom gates are not in it.
 [[nodiscard]] DenseRouting dense_gate(const at::Tensor& x, const at::Tensor& weight,
-                                      const at::Tensor& bias, const GateOptions& options);
+                                      const at::Tensor& bias, const GateOptions& options,
+                                      const DenseInputs& inputs = {});
 
 struct DenseOutput {
   at::Tensor output;
@@ -35,7 +45,7 @@ class DenseLayer {
   /// The initial parameters of MoELayer(options), made round (see below).
   explicit DenseLayer(const MoELayerOptions& options);
   /// x [tokens, hidden], double.
-  [[nodiscard]] DenseOutput forward(const at::Tensor& x) const;
+  [[nodiscard]] DenseOutput forward(const at::Tensor& x, const DenseInputs& inputs = {}) const;
 
   /// Double leaves under the names of MoELayer's parameters, those of all experts in one.
   std::map<std::string, at::Tensor> parameters;

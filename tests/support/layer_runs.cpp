@@ -13,10 +13,10 @@ MoELayer make_layer(const MoELayerOptions& options, const ExpertGroups& groups,
 }
 
 LayerRun run_layer(MoELayer& layer, const at::Tensor& rows, at::ScalarType dtype,
-                   const at::Tensor& direction) {
+                   const at::Tensor& direction, const RouteInputs& inputs) {
   layer->zero_grad();
   const at::Tensor x = rows.detach().to(dtype).clone().set_requires_grad(true);
-  const MoEOutput out = layer->forward(x);
+  const MoEOutput out = layer->forward(x, inputs);
   EXPECT_EQ(out.output.scalar_type(), dtype);
   ((out.output.to(at::kDouble) * direction).sum() + out.aux_loss + out.z_loss).backward();
   LayerRun run{out.output.detach(), {{"x", x.grad()}}, out.stats};
@@ -31,12 +31,16 @@ RankInput input_of_rank(int rank, int64_t tokens, int64_t hidden, uint64_t seed)
 }
 
 DenseRun run_dense(const DenseLayer& dense, const MoELayerOptions& options,
-                   const ExpertGroups& groups, const RankInput& input) {
+                   const ExpertGroups& groups, const RankInput& input, DenseInputs inputs) {
   Communicator& expert_group = *groups.expert;
   const int64_t local = options.num_experts() / expert_group.size();
   const int64_t first = local * expert_group.rank();
+  if (options.aux_loss_coeff() > 0 && options.aux_loss_scope() == "world") {
+    inputs.world_load = dense.forward(input.rows, inputs).routing.load;
+    groups.world->all_reduce(std::span(inputs.world_load), ReduceOp::sum, Purpose::control);
+  }
   const at::Tensor x = input.rows.clone().set_requires_grad(true);
-  const DenseOutput out = dense.forward(x);
+  const DenseOutput out = dense.forward(x, inputs);
   const at::Tensor loss =
       (out.output * input.direction).sum() + out.routing.aux_loss + out.routing.z_loss;
   DenseRun result;
