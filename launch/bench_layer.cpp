@@ -34,7 +34,7 @@ struct LayerBenchOptions {
   string dtype, device, json;
   string compress, compress_backward, restore, state, transform;
   double max_error = 0, max_error_backward = 0;
-  bool codec_on_self = false;
+  bool codec_on_self = false, aux_loss = false;
 };
 
 /// Milliseconds of one repetition, phase by phase, in the table's order.
@@ -129,9 +129,11 @@ class Bench {
     grad_ = at::randn({o.tokens, o.hidden_size}, generator).to(dtype_).to(device_);
   }
 
-  [[nodiscard]] MoELayer make_layer(bool compressed) const {
+  /// aux_loss_scope "": without an aux loss.
+  [[nodiscard]] MoELayer make_layer(bool compressed, const string& aux_loss_scope = "") const {
     MoELayerOptions options(o_.hidden_size, o_.ffn_hidden_size, o_.num_experts);
     options.top_k(o_.top_k).codec_on_self(o_.codec_on_self);
+    if (!aux_loss_scope.empty()) options.aux_loss_coeff(0.01).aux_loss_scope(aux_loss_scope);
     if (compressed) {
       const auto codec = CodecOptions()
                              .kind(o_.compress)
@@ -158,7 +160,12 @@ class Bench {
     const at::Tensor leaf = x_.clone().requires_grad_();
     MoEOutput out;
     const double forward = timed([&] { out = layer->forward(leaf); });
-    const double backward = timed([&] { out.output.backward(grad_); });
+    std::vector<at::Tensor> roots{out.output}, gradients{grad_};
+    if (out.aux_loss.requires_grad()) {
+      roots.push_back(out.aux_loss);
+      gradients.push_back(at::ones_like(out.aux_loss));
+    }
+    const double backward = timed([&] { torch::autograd::backward(roots, gradients); });
     Times times{{"forward", forward}, {"backward", backward}, {"all", forward + backward}};
     const ExchangeStats& exchange = *out.stats.exchange;
     double codec = 0, wire = 0;
@@ -339,14 +346,18 @@ int run(const LayerBenchOptions& o, Session& session) {
   const int ranks = bench.world().size();
   std::vector<Measured> measured;
   std::vector<std::function<Times(Measured&)>> runs;
-  const auto add_layer = [&](const string& name, bool compressed) {
-    auto layer = std::make_shared<MoELayer>(bench.make_layer(compressed));
+  const auto add_layer = [&](const string& name, bool compressed, const string& aux_scope = "") {
+    auto layer = std::make_shared<MoELayer>(bench.make_layer(compressed, aux_scope));
     measured.emplace_back().name = name;
     runs.push_back([&bench, layer](Measured& one) { return bench.run_layer(*layer, one); });
     return layer;
   };
   const auto plain = add_layer("lshmoe, uncompressed", false);
   if (o.compress != "none") add_layer("lshmoe, " + o.compress, true);
+  if (o.aux_loss) {
+    for (const char* scope : {"rank", "world"})
+      add_layer("aux loss of " + string(scope), false, scope);
+  }
   std::optional<double> difference;
   const auto add_reference = [&](const string& name, bool grouped) {
     auto reference = std::make_shared<Reference>(*plain, o.top_k, grouped);
@@ -391,6 +402,8 @@ void add_options(OptionParser& parser, LayerBenchOptions& o) {
       "ffn-hidden-size", size(o.ffn_hidden_size, 4096), "width of an expert")(
       "num-experts", size(o.num_experts, 8), "over all ranks")(
       "top-k", size(o.top_k, 2), "experts a token")("tokens", size(o.tokens, 1024), "of a rank")(
+      "aux-loss", po::bool_switch(&o.aux_loss),
+      "two more lines: uncompressed, with an aux loss of each rank's load, and of the world's")(
       "dtype", po::value(&o.dtype)->default_value("fp32"), "fp32 or bf16")(
       "device", po::value(&o.device)->default_value("cpu"), "cpu or cuda (a GPU a local rank)")(
       "repeat", size(o.repeat, 11), "timed repetitions, after two to warm up; medians count");

@@ -134,10 +134,18 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
       "overlap-degree", value<int64_t>(o.overlap_degree, 1),
       "chunks of tokens, so that exchanges run beside experts (on a GPU)")(
       "score-function", value<string>(o.score_function, "softmax"), "softmax or sigmoid")(
+      "num-groups", value<int64_t>(o.num_groups, 1), "groups of experts, chosen before experts")(
+      "top-k-groups", value<int64_t>(o.top_k_groups, 1), "groups a token chooses its experts from")(
+      "routed-scaling-factor", real(o.routed_scaling_factor, 1, "1"),
+      "of the gate weights, after they were normalized")(
+      "logit-noise", real(o.logit_noise, 0, "0"),
+      "deviation of the Gaussian noise on the router's logits in training; 0: none")(
       "capacity-factor", real(o.capacity_factor, 0, "0"), "0: dropless")(
       "drop-policy", value<string>(o.drop_policy, "probs"),
       "who stays when an expert is full: probs or position")(
       "aux-loss-coeff", real(o.aux_loss_coeff, 0.01, "0.01"), "load-balancing loss")(
+      "aux-loss-scope", value<string>(o.aux_loss_scope, "world"),
+      "whose load it counts: of all ranks' tokens (world), a rank's, or each sequence's")(
       "z-loss-coeff", real(o.z_loss_coeff, 0, "0"), "router z-loss")(
       "expert-bias-rate", real(o.expert_bias_rate, 0, "0"),
       "loss-free balancing of the sigmoid gate");
@@ -231,9 +239,14 @@ LanguageModelOptions model_options(const TrainOptions& o, int64_t vocab_size) {
   moe.top_k(o.top_k)
       .activation(o.activation)
       .score_function(o.score_function)
+      .num_groups(o.num_groups)
+      .top_k_groups(o.top_k_groups)
+      .routed_scaling_factor(o.routed_scaling_factor)
+      .logit_noise(o.logit_noise)
       .capacity_factor(o.capacity_factor)
       .drop_policy(o.drop_policy)
       .aux_loss_coeff(o.aux_loss_coeff)
+      .aux_loss_scope(o.aux_loss_scope)
       .z_loss_coeff(o.z_loss_coeff)
       .expert_bias_rate(o.expert_bias_rate)
       .shared_expert_size(o.shared_expert_size)

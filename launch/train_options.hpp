@@ -24,8 +24,10 @@ struct TrainOptions {
   bool share_gpu, nvtx;
 
   int64_t num_experts, ffn_hidden_size, top_k, moe_every, shared_expert_size, overlap_degree;
-  std::string activation, score_function, drop_policy;
+  int64_t num_groups, top_k_groups;
+  std::string activation, score_function, drop_policy, aux_loss_scope;
   double capacity_factor, aux_loss_coeff, z_loss_coeff, expert_bias_rate;
+  double routed_scaling_factor, logit_noise;
   int64_t ep_size;
 
   std::string compress, compress_backward, restore, error_reference, error_reference_backward;

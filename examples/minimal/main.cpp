@@ -39,6 +39,7 @@ void train(const lshmoe::Session& session) {
     reducer.reduce();
     reducer.clip_grad_norm(1.0);
     optimizer.step();
+    lshmoe::end_step(*layer);
     if (step % 50 == 0 && session.world()->rank() == 0) {
       int64_t sent = 0, raw = 0;
       for (const auto& direction : out.stats.exchange->direction) {

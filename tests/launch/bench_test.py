@@ -409,6 +409,12 @@ class LayerTest(unittest.TestCase):
         self.assertGreater(fp8["break_even_gbit_s"], 0)
         self.assertGreater(plain["ms"]["exchange"], 0)
 
+    def test_aux_loss(self):
+        lines, _ = self.measure(["--aux-loss", "--compress", "fp8"], ranks=2)
+        self.assertEqual([line["variant"] for line in lines[2:4]],
+                         ["aux loss of rank", "aux loss of world"])
+        self.assertEqual(lines[3]["bytes_sent"], lines[0]["bytes_sent"])
+
     def test_refuses(self):
         for args, text in ((["--dtype", "fp16"], "unknown dtype 'fp16'"),
                            (["--tokens", "0"], "must be 1 or more"),

@@ -90,7 +90,7 @@ class BadInput(TrainTest):
                 errors = [line for line in output.splitlines() if "[error]" in line]
                 self.assertEqual(len(errors), 1, output)
                 self.assertRegex(errors[0], text)
-                self.assertNotIn("loss", output.replace("aux-loss-coeff", ""))
+                self.assertNotIn("loss", re.sub("aux.loss.(coeff|scope)", "", output))
 
     def cases(self):
         empty = self.write("empty.txt", "")
@@ -130,6 +130,11 @@ class BadInput(TrainTest):
             (["--config", self.write("a.ini", "top_k = 2\n")],
              r"unknown option 'top_k' in .*a.ini, did you mean --top-k\?"),
             ([*text, "--score-function", "tanh"], r"'tanh'.*softmax.*sigmoid"),
+            ([*text, "--aux-loss-scope", "all"], r"'all'.*world, rank or sequence"),
+            ([*text, "--num-groups", "3"], r"num_groups is 3.*divide num_experts"),
+            ([*text, "--top-k-groups", "2"], r"top_k_groups is 2"),
+            ([*text, "--routed-scaling-factor", "0"], r"routed_scaling_factor is 0"),
+            ([*text, "--logit-noise", "-1"], r"logit_noise is -1"),
             ([*text, "--activation", "elu"], r"'elu'.*relu.*gelu.*swiglu"),
             ([*text, "--device", "tpu"], r"unknown device 'tpu': use --device auto, cpu or cuda"),
             ([*text, "--device", "cpu", "--share-gpu"], r"share-gpu is for GPUs.*leave it out"),
