@@ -1,6 +1,7 @@
 #include "lshmoe/runtime/files.hpp"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -13,6 +14,7 @@
 #include <memory>
 #include <optional>
 
+#include "lshmoe/runtime/abandon.hpp"
 #include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
@@ -75,6 +77,26 @@ Target follow(const std::string& path) {
   throw Error(detail::message("cannot write '", path, "'", why_not_written(ELOOP)));
 }
 
+/// Opens to write; -1 with errno. A pipe without a reader (ENXIO) is tried again, but not by an
+/// open() that waits: the signal that asks to stop would not end it.
+int open_when_read(const std::string& path, int flags) {
+  constexpr int kMostMs = 60'000, kPauseMs = 20;
+  struct stat info {};
+  flags |= O_WRONLY | O_CLOEXEC | O_NOCTTY;
+  if (::stat(path.c_str(), &info) != 0 || !S_ISFIFO(info.st_mode)) {
+    return ::open(path.c_str(), flags, 0666);
+  }
+  for (int waited = 0;; waited += kPauseMs) {
+    const int fd = ::open(path.c_str(), flags | O_NONBLOCK);
+    if (fd >= 0) {
+      ::fcntl(fd, F_SETFL, 0);  // from now on a full pipe is waited for
+      return fd;
+    }
+    if (errno != ENXIO || waited >= kMostMs || abandon_requested()) return -1;
+    ::poll(nullptr, 0, kPauseMs);
+  }
+}
+
 /// Writes everything; false with errno.
 bool write_all(int fd, std::span<const char> bytes) {
   while (!bytes.empty()) {
@@ -118,6 +140,7 @@ std::string why_not_written(int error) {
   }
   if (error == EISDIR) advice = "name a file in it";
   if (error == EPIPE) advice = "keep what reads it running";
+  if (error == ENXIO) advice = "start what reads it first";
   return detail::message(" (", std::strerror(error), "): ", advice);
 }
 
@@ -170,21 +193,16 @@ void write_file_atomically(const std::string& path, std::span<const char> bytes)
     // Another user's file or folder: in place, or not at all.
     if (!exists || (old.st_nlink == 1 && errno != EPERM && errno != EACCES)) fail(errno);
   }
-  const Descriptor file(::open(
-      target.path.c_str(), O_WRONLY | O_CLOEXEC | O_NOCTTY | (S_ISREG(old.st_mode) ? O_TRUNC : 0)));
+  const Descriptor file(open_when_read(target.path, S_ISREG(old.st_mode) ? O_TRUNC : 0));
   if (file.get() < 0 || !write_all(file.get(), bytes)) fail(errno);
   if (S_ISREG(old.st_mode) && ::fsync(file.get()) != 0) fail(errno);
 }
 
 std::FILE* open_to_write(const std::string& path) {
   const Target target = follow(path);
-  std::FILE* file = nullptr;
-  if (target.own_descriptor) {
-    const int copy = ::fcntl(*target.own_descriptor, F_DUPFD_CLOEXEC, 0);
-    file = copy < 0 ? nullptr : ::fdopen(copy, "w");
-  } else {
-    file = std::fopen(target.path.c_str(), "we");
-  }
+  const int fd = target.own_descriptor ? ::fcntl(*target.own_descriptor, F_DUPFD_CLOEXEC, 0)
+                                       : open_when_read(target.path, O_CREAT | O_TRUNC);
+  std::FILE* file = fd < 0 ? nullptr : ::fdopen(fd, "w");
   if (file == nullptr) {
     throw InvalidArgument(detail::message("cannot write '", path, "'", why_not_written(errno)));
   }

@@ -19,13 +19,14 @@ std::size_t append_file(const std::string& path, std::string& out);
 /// temporary beside it, synced, then renamed. Symbolic links are followed, also to a file that is
 /// not there yet. An existing file keeps its mode and its owner; one whose owner a new file cannot
 /// get, or that has several names, is overwritten where it is. What is no regular file (a device, a
-/// pipe, /dev/stdout) is opened and written; that waits for a reader where the system does. Throws
-/// Error with the path, the system's reason and what to do.
+/// pipe, /dev/stdout) is opened and written; a pipe waits for its reader a minute at most, and not
+/// once a stop is requested (runtime/abandon.hpp). Throws Error with the path, the system's reason
+/// and what to do.
 void write_file_atomically(const std::string& path, std::span<const char> bytes);
 
-/// Opens a file that is written bit by bit: truncates or creates a regular one and follows links;
-/// of what this process has opened already (/dev/stdout, /dev/fd/3) it goes on where that stands.
-/// The caller closes it. Throws InvalidArgument as above.
+/// Opens a file that is written bit by bit: truncates or creates a regular one, follows links and
+/// waits for a pipe's reader as above; of what this process has opened already (/dev/stdout,
+/// /dev/fd/3) it goes on where that stands. The caller closes it. Throws InvalidArgument as above.
 [[nodiscard]] std::FILE* open_to_write(const std::string& path);
 
 /// For a path that leads to this process's standard output: from now on everything else that is

@@ -10,6 +10,7 @@
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <csignal>
 #include <filesystem>
 #include <limits>
@@ -19,6 +20,7 @@
 #include <string>
 #include <thread>
 
+#include "lshmoe/runtime/abandon.hpp"
 #include "lshmoe/runtime/error.hpp"
 #include "lshmoe/runtime/log.hpp"
 #include "lshmoe/runtime/metrics.hpp"
@@ -191,6 +193,32 @@ TEST_F(Writing, WritesToWhatIsNoFile) {
     EXPECT_EQ(read_file(path("null")), "");
   }
   expect_names(names);
+}
+
+TEST_F(Writing, WaitsForAPipesReaderUntilItIsToStop) {
+  ASSERT_EQ(::mkfifo(path("pipe").c_str(), 0600), 0);
+  std::string got;
+  std::thread late([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    got = read_file(path("pipe"));
+  });
+  write_file_atomically(path("pipe"), std::string(1 << 20, 'x'));  // more than a pipe holds
+  late.join();
+  EXPECT_EQ(got, std::string(1 << 20, 'x'));
+  // Nobody reads.
+  std::thread stop([] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    request_abandon();
+  });
+  const std::string whole = error_of([&] { write_file_atomically(path("pipe"), kText); });
+  const std::string bits = error_of([&] { MetricsWriter{path("pipe")}; });
+  stop.join();
+  withdraw_abandon();
+  for (const std::string& text : {whole, bits}) {
+    EXPECT_NE(text.find("/pipe' (No such device or address): start what reads it first"),
+              std::string::npos)
+        << text;
+  }
 }
 
 TEST_F(Writing, GoesOnWhereAnOpenFileStands) {
