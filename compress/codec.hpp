@@ -35,7 +35,11 @@ struct CodecOptions {
   /// lsh, restore=expert: a hard bound on the L2 error of every row, relative to error_reference;
   /// 0 = rows travel whole, bit-exact. Finite, >= 0.
   TORCH_ARG(double, max_error) = 0.1;
-  /// row: |x - x'| <= max_error |x|. group: |x - x'| <= max_error * rms norm of the group's rows.
+  /// row: |x - x'| <= max_error * min(|x|, 3 M). group: |x - x'| <= max_error * rms of min(|x|, 3
+  /// M) over the group's rows that are not zero. M is the median norm, to an eighth of an octave
+  /// below it, of all rows of the encode call that are not zero: outliers neither carry the error
+  /// of many rows nor set the bound of others, and a row's bytes do not depend on its group. With
+  /// overlap_chunks each chunk is a call. Only the sender needs M.
   /// Empty: row for dispatch, group for the other directions: a row of little weight, or of a small
   /// gradient, needs no finer step than the others.
   TORCH_ARG(std::string, error_reference) = "";
@@ -103,7 +107,8 @@ struct CodecStats {
   int64_t whole_rows = 0;  ///< rows sent whole
   double max_relative_error = 0.0;   ///< largest |x - x'| / |x| over the rows
   double mean_relative_error = 0.0;  ///< mean of the same
-  double max_error_ratio = 0.0;      ///< largest error over its own bound, <= 1; 0 without a bound
+  /// Largest error over its own bound (CodecOptions::error_reference), <= 1; 0 without a bound.
+  double max_error_ratio = 0.0;
   /// Bytes copied between the GPU and host memory because this setting is coded by the CPU; 0 on
   /// the CPU, and where the GPU's own kernels code.
   int64_t staged_bytes = 0;

@@ -164,7 +164,8 @@ LearnedState fit_state(const at::Tensor& rows_in, const CodecOptions& options, b
   state.parcel.assign(parcel, parcel + encoded.bytes.numel());
   unpack_bases(state, options);
 
-  // Residuals in units of their row's bound.
+  // Residuals in units of their row's norm (of a common bound by group): by its bound an outlier
+  // would count more than others.
   at::Tensor residuals = at::zeros({n, hidden}, at::kFloat);
   auto* residual = residuals.mutable_data_ptr<float>();
   std::vector<float> energy(static_cast<std::size_t>(hidden), 0.0F);

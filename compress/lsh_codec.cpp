@@ -19,8 +19,8 @@
 #include "lshmoe/compress/phases.hpp"
 #include "lshmoe/compress/row_coder.hpp"
 #include "lshmoe/compress/state_coder.hpp"
-#include "lshmoe/kernels/lanes.hpp"
 #include "lshmoe/kernels/lsh.hpp"
+#include "lshmoe/kernels/reference_norm.hpp"
 #include "lshmoe/kernels/rows.hpp"
 #include "lshmoe/runtime/error.hpp"
 
@@ -251,6 +251,8 @@ class LshCodec final : public CpuCodec, public LshInternals {
     Stream stream;
     LearnedRows learned;
     if (current_ && !by_group_) learned = encode_once(all);
+    const Norms norms =
+        learned.norms.of.empty() ? norms_of(all) : learned.norms.named(learned.number);
     int64_t first = 0;
     for (const int64_t rows : rows_per_group) {
       const std::size_t before = stream.bytes.size();
@@ -258,11 +260,11 @@ class LshCodec final : public CpuCodec, public LshInternals {
       if (rows > 0) {
         const RowsView<T> group = all.part(first, rows);
         if (current_) {
-          encode_with_state(group, learned, stream, encoded.stats);
+          encode_with_state(group, norms, learned, stream, encoded.stats);
         } else if (source_) {
-          encode_centroids(group, stream, encoded.stats);
+          encode_centroids(group, norms, stream, encoded.stats);
         } else {
-          encode_rows(bounded(group), stream, encoded.stats);
+          encode_rows(bounded(group, norms), stream, encoded.stats);
         }
       }
       encoded.bytes_per_group.push_back(static_cast<int64_t>(stream.bytes.size() - before));
@@ -291,35 +293,48 @@ class LshCodec final : public CpuCodec, public LshInternals {
     return encoded;
   }
 
-  // Norms of the rows; refuses NaN and Inf.
-  std::vector<double> norms(const RowsView<T>& rows) const {
+  // Of the rows of one encode call, and what their references are cut off at.
+  struct Norms {
+    std::vector<double> of;
+    double cap = 0;
+    // Of the rows with these numbers here (none: all, in their order).
+    [[nodiscard]] Norms named(const std::vector<std::int64_t>& number) const {
+      if (number.empty()) return *this;
+      Norms norms{{}, cap};
+      norms.of.reserve(number.size());
+      for (const std::int64_t row : number) norms.of.push_back(of[static_cast<std::size_t>(row)]);
+      return norms;
+    }
+  };
+  // Refuses NaN and Inf. number: of the rows of the call (none: all, in their order).
+  Norms norms_of(const RowsView<T>& rows, const std::vector<std::int64_t>& number = {}) const {
     const int64_t hidden = context().hidden_size;
     const PhaseScope timer(Phase::load, static_cast<int64_t>(sizeof(T)) * rows.rows * hidden);
-    std::vector<double> norms(static_cast<std::size_t>(rows.rows));
+    Norms norms;
+    norms.of.resize(static_cast<std::size_t>(rows.rows));
     std::vector<float> x(static_cast<std::size_t>(hidden));
     for (int64_t i = 0; i < rows.rows; ++i) {
       rows.read(x.data(), i);
       const double squared = kernels::squared_norm(x.data(), hidden);
       if (!std::isfinite(squared)) throw NonFiniteRow(*this, rows.number(i));
-      norms[static_cast<std::size_t>(i)] = std::sqrt(squared);
+      norms.of[static_cast<std::size_t>(i)] = squared;
     }
+    norms.cap = number.empty()
+                    ? kernels::norm_cap(norms.of.data(), nullptr, rows.rows)
+                    : kernels::norm_cap(norms.of.data(), number.data(), std::ssize(number));
+    for (double& norm : norms.of) norm = std::sqrt(norm);
     return norms;
   }
-  // The rows of one group and their bounds.
-  BoundedRows<T> bounded(const RowsView<T>& rows) const {
-    BoundedRows<T> group{rows, norms(rows), {}};
-    group.bound.resize(group.norm.size());
-    const double of_group = group_bound(group.norm);
-    for (std::size_t i = 0; i < group.bound.size(); ++i) {
-      group.bound[i] = by_group_ ? of_group : options().max_error() * group.norm[i];
+  // The rows of one group and their bounds. norms: from row 0 of the view on.
+  BoundedRows<T> bounded(const RowsView<T>& rows, const Norms& norms) const {
+    const auto norm = norms.of.begin() + rows.first;
+    BoundedRows<T> group{rows, {norm, norm + rows.rows}, {}};
+    const double of_group = kernels::group_reference(group.norm.data(), rows.rows, norms.cap);
+    for (const double own : group.norm) {
+      const double reference = by_group_ ? of_group : kernels::reference_norm(own, norms.cap);
+      group.bound.push_back(options().max_error() * reference);
     }
     return group;
-  }
-  [[nodiscard]] double group_bound(const std::vector<double>& norm) const {
-    const double squared = kernels::lane_sum<double>(
-        static_cast<std::int64_t>(norm.size()),
-        [from = norm.data()](std::int64_t i) { return from[i] * from[i]; });
-    return options().max_error() * std::sqrt(squared / static_cast<double>(norm.size()));
   }
   // The step that a group's rows take fractions of; 0: every row has its own.
   [[nodiscard]] float common_step(const BoundedRows<T>& group) const {
@@ -330,10 +345,12 @@ class LshCodec final : public CpuCodec, public LshInternals {
 
   // restore=source -------------------------------------------------------------------------------
 
-  void encode_centroids(const RowsView<T>& group, Stream& stream, CodecStats& stats) const {
+  void encode_centroids(const RowsView<T>& group, const Norms& norms, Stream& stream,
+                        CodecStats& stats) const {
     const int64_t hidden = context().hidden_size, rows = group.rows;
     const GroupPlanner<T> planner(options(), packed_projection_);
-    const BoundedRows<T> measured{group, norms(group), {}};
+    const auto norm = norms.of.begin() + group.first;
+    const BoundedRows<T> measured{group, {norm, norm + rows}, {}};
     const auto projected = planner.project(measured, planner.mean_of(group));
     const ClusterInput input{rows, hidden, nullptr, projected.z.data()};
     Clusters clusters = bucket_clusters(input, options());
@@ -481,7 +498,8 @@ class LshCodec final : public CpuCodec, public LshInternals {
   struct LearnedRows {
     StateRows coded;
     std::vector<std::int64_t> number;
-    std::vector<double> norm, bound;
+    Norms norms;
+    std::vector<double> bound;
   };
 
   // Reference row: nothing of a row's bytes depends on its group, so a token that goes to several
@@ -501,25 +519,24 @@ class LshCodec final : public CpuCodec, public LshInternals {
       distinct.index = tokens.data();
       distinct.rows = static_cast<int64_t>(tokens.size());
     }
-    code_with_state(learned, distinct);
+    learned.norms = norms_of(distinct, learned.number);
+    code_with_state(learned, bounded(distinct, learned.norms));
     return learned;
   }
   // Returns the group's step, as common_step.
-  float code_with_state(LearnedRows& learned, const RowsView<T>& rows) const {
-    BoundedRows<T> group = bounded(rows);
+  float code_with_state(LearnedRows& learned, BoundedRows<T> group) const {
     const float step = common_step(group);
     learned.coded =
         StateCoder<T>(*current_, step_codes(step), options(), packed_projection_).encode(group);
-    learned.norm = std::move(group.norm);
     learned.bound = std::move(group.bound);
     return step;
   }
 
-  void encode_with_state(const RowsView<T>& rows, LearnedRows& learned, Stream& stream,
-                         CodecStats& stats) const {
+  void encode_with_state(const RowsView<T>& rows, const Norms& norms, LearnedRows& learned,
+                         Stream& stream, CodecStats& stats) const {
     const int64_t hidden = context().hidden_size;
     const auto n = static_cast<std::size_t>(rows.rows);
-    const float step_on_wire = by_group_ ? code_with_state(learned, rows) : 0;
+    const float step_on_wire = by_group_ ? code_with_state(learned, bounded(rows, norms)) : 0;
     const StateRows& coded = learned.coded;
     const std::size_t first = by_group_ ? 0 : static_cast<std::size_t>(rows.first);
     const auto number = [&](std::size_t i) {
@@ -534,8 +551,8 @@ class LshCodec final : public CpuCodec, public LshInternals {
     const RowLayout plain(hidden, step_codes(step_on_wire), 0, sizeof(T));
     const double payload_bits =
         8.0 * static_cast<double>(bytes - std::min(bytes, n * plain.record_bytes));
-    if (explained_bits(rows) < 0.95 * payload_bits || bytes >= n * whole_bytes()) {
-      encode_rows(bounded(rows), stream, stats);
+    if (explained_bits(rows, norms) < 0.95 * payload_bits || bytes >= n * whole_bytes()) {
+      encode_rows(bounded(rows, norms), stream, stats);
       return;
     }
 
@@ -564,7 +581,8 @@ class LshCodec final : public CpuCodec, public LshInternals {
       const auto size = static_cast<std::ptrdiff_t>(coded.offsets[row + 1] - coded.offsets[row]);
       payload = std::copy(from, from + size, payload);
       stats.whole_rows += coded.whole[row] ? 1 : 0;
-      add_error(coded.errors[row], learned.bound[row], learned.norm[row], stream, stats);
+      add_error(coded.errors[row], learned.bound[row],
+                norms.of[static_cast<std::size_t>(rows.first) + i], stream, stats);
     }
     seal_parcel(header, {stream.bytes.data() + begin, stream.bytes.size() - begin});
     stream.assignment.insert(stream.assignment.end(), n, -1);
@@ -572,14 +590,18 @@ class LshCodec final : public CpuCodec, public LshInternals {
 
   // Bits, as GroupPlan counts them, of a parcel that explains itself and has no clusters; from a
   // sample of the rows.
-  double explained_bits(const RowsView<T>& rows) const {
+  double explained_bits(const RowsView<T>& rows, const Norms& norms) const {
     const PhaseScope timer(Phase::plan);
     constexpr int64_t kSample = 64;
     const int64_t stride = std::max<int64_t>(1, rows.rows / kSample);
-    std::vector<std::int64_t> sample;
-    for (int64_t i = 0; i < rows.rows; i += stride) sample.push_back(rows.number(i));
+    std::vector<std::int64_t> sample, place;
+    for (int64_t i = 0; i < rows.rows; i += stride) {
+      sample.push_back(rows.number(i));
+      place.push_back(rows.first + i);
+    }
     const auto count = static_cast<int64_t>(sample.size());
-    const BoundedRows<T> group = bounded({rows.data, sample.data(), 0, count, rows.hidden});
+    const BoundedRows<T> group =
+        bounded({rows.data, sample.data(), 0, count, rows.hidden}, norms.named(place));
     const GroupPlan plan = GroupPlanner<T>(options(), packed_projection_)
                                .choose(group, step_codes(common_step(group)), /*clusters=*/false);
     return plan.row_bits * static_cast<double>(rows.rows) / static_cast<double>(count) +

@@ -20,6 +20,7 @@
 #include "lshmoe/compress/cuda/stream_phases.hpp"
 #include "lshmoe/compress/phases.hpp"
 #include "lshmoe/kernels/cuda/grid.hpp"
+#include "lshmoe/kernels/reference_norm.hpp"
 #include "lshmoe/launch/bench_formats.hpp"
 #include "lshmoe/launch/bench_timing.hpp"
 #include "lshmoe/launch/npy.hpp"
@@ -267,24 +268,38 @@ double time(Part part, at::Device device = at::kCPU) {
   return thread_seconds() - start;
 }
 
-/// Errors of the rows received, relative to each row's norm or to the rms norm of its group.
-void set_errors(Result& result, const Rows& rows, const at::Tensor& received, bool by_group) {
+/// Errors of the rows received: the largest relative to what bounds it (reference row or group;
+/// empty: the row's norm), the others to each row's norm, or with group to the same.
+void set_errors(Result& result, const Rows& rows, const at::Tensor& received,
+                const string& reference) {
   const at::Tensor exact = rows.x.cpu().to(at::kDouble);
   const at::Tensor error = at::linalg_vector_norm(received.cpu().to(at::kDouble) - exact, 2, {1});
-  at::Tensor reference = at::linalg_vector_norm(exact, 2, {1});
-  if (by_group) {
-    std::vector<at::Tensor> groups;
-    for (const at::Tensor& norms : reference.split_with_sizes(rows.groups)) {
-      groups.push_back(norms.square().mean().sqrt().expand_as(norms));
+  const at::Tensor norm = at::linalg_vector_norm(exact, 2, {1}).contiguous();
+  at::Tensor bounding = norm;
+  if (!reference.empty()) {
+    const at::Tensor squared = norm.square();
+    const double cap =
+        kernels::norm_cap(squared.const_data_ptr<double>(), nullptr, squared.numel());
+    bounding = norm.clamp_max(cap);
+    if (reference == "group") {
+      const auto* from = norm.const_data_ptr<double>();
+      std::vector<at::Tensor> groups;
+      for (const int64_t count : rows.groups) {
+        groups.push_back(
+            at::full({count}, kernels::group_reference(from, count, cap), at::kDouble));
+        from += count;
+      }
+      bounding = at::cat(groups);
     }
-    reference = at::cat(groups);
   }
-  const at::Tensor relative =
-      std::get<0>((error / reference.clamp_min(std::numeric_limits<double>::min())).sort());
-  result.mean_error = relative.mean().item<double>();
-  result.max_error_seen = relative[-1].item<double>();
-  const auto last = static_cast<double>(relative.size(0) - 1);
-  result.p99_error = relative[std::llround(0.99 * last)].item<double>();
+  const auto relative = [&error](const at::Tensor& to) {
+    return std::get<0>((error / to.clamp_min(std::numeric_limits<double>::min())).sort());
+  };
+  result.max_error_seen = relative(bounding)[-1].item<double>();
+  const at::Tensor all = relative(reference == "group" ? bounding : norm);
+  result.mean_error = all.mean().item<double>();
+  const auto last = static_cast<double>(all.size(0) - 1);
+  result.p99_error = all[std::llround(0.99 * last)].item<double>();
 }
 
 /// Runs `part` `repeat` times, timed by phases.
@@ -391,7 +406,7 @@ Result measure_codec(const Case& c, const Rows& rows, int64_t repeat, bool phase
   // restore=source: what arrives are centroids, and a row is taken for its own.
   const at::Tensor received =
       c.restore == "source" ? decoded.rows.index_select(0, encoded.assignment) : decoded.rows;
-  set_errors(result, rows, received, c.reference == "group");
+  set_errors(result, rows, received, c.reference.value_or(""));
   return result;
 }
 
@@ -404,7 +419,7 @@ Result measure_format(const Case& c, const Rows& rows) {
     result.bytes += trip.bytes + static_cast<int64_t>(ParcelHeader::kBytes);
     result.clusters += trip.clusters;
   }
-  set_errors(result, rows, at::cat(received), false);
+  set_errors(result, rows, at::cat(received), "");
   return result;
 }
 

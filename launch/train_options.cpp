@@ -161,8 +161,8 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
           "compress-backward", value<string>(o.compress_backward, ""),
           "the same for the two backward exchanges; default: as forward")(
           "error-reference", value<string>(o.error_reference, ""),
-          "bound relative to the row's norm (row) or the group's rms norm (group); default: row "
-          "for dispatch, group for the others")(
+          "bound relative to the row's norm (row) or the group's rms norm (group), norms cut off at "
+          "three medians; default: row for dispatch, group for the others")(
           "error-reference-backward", value<string>(o.error_reference_backward, ""),
           "the same for the two backward exchanges; default: as forward")(
           "hashes", value<int64_t>(o.hashes, 3), "cross-polytope hashes a row")(

@@ -109,7 +109,7 @@ class Planner {
     CodedGroup* group = place(std::vector<CodedGroup>{all});
     double* bound = make<double>(rows);
     launchers::squared_norms<float>(as<double>(base.squared), from, stream_);
-    launchers::row_bounds(bound, group, 1, as<const double>(base.squared), max_error,
+    launchers::row_bounds(bound, group, 1, as<const double>(base.squared), nullptr, max_error,
                           /*by_group=*/false, hidden_, stream_);
     launchers::encode_rows<float>(coded, from, group, 1, as<const double>(base.squared), bound,
                                   nullptr, stream_);
@@ -247,8 +247,8 @@ bool can_plan(const CodecOptions& options, std::int64_t groups) {
 template <class T>
 BatchPlan plan_batch(const launchers::RowsOf<T>& rows, const Groups& groups,
                      const CodecOptions& options, const Projection& projection,
-                     std::optional<std::uint32_t> dither_key, const double* squared, double* bound,
-                     at::Device device) {
+                     std::optional<std::uint32_t> dither_key, const double* squared,
+                     const double* cap, double* bound, at::Device device) {
   BatchPlan plan;
   const std::int64_t hidden = rows.hidden;
   Planner planner(options, hidden, device, plan);
@@ -300,8 +300,8 @@ BatchPlan plan_batch(const launchers::RowsOf<T>& rows, const Groups& groups,
   }
   CodedGroup* variants = planner.place(list);
   for (int variant = 0; variant < launchers::kVariants; ++variant) {
-    launchers::row_bounds(bound, variants + variant * count, count, squared, options.max_error(),
-                          by_group, hidden, stream);
+    launchers::row_bounds(bound, variants + variant * count, count, squared, cap,
+                          options.max_error(), by_group, hidden, stream);
   }
   auto* energy = planner.make<float>(count * hidden);
   const auto make_order = [&](launchers::Variant variant, std::int64_t from,
@@ -378,11 +378,11 @@ BatchPlan plan_batch(const launchers::RowsOf<T>& rows, const Groups& groups,
 
 template BatchPlan plan_batch<float>(const launchers::RowsOf<float>&, const Groups&,
                                      const CodecOptions&, const Projection&,
-                                     std::optional<std::uint32_t>, const double*, double*,
-                                     at::Device);
+                                     std::optional<std::uint32_t>, const double*, const double*,
+                                     double*, at::Device);
 template BatchPlan plan_batch<kernels::Bfloat16>(const launchers::RowsOf<kernels::Bfloat16>&,
                                                  const Groups&, const CodecOptions&,
                                                  const Projection&, std::optional<std::uint32_t>,
-                                                 const double*, double*, at::Device);
+                                                 const double*, const double*, double*, at::Device);
 
 }  // namespace lshmoe::cuda

@@ -34,21 +34,22 @@ struct BatchPlan {
 [[nodiscard]] bool can_plan(const CodecOptions& options, std::int64_t groups);
 
 /// Queues the planning on the current stream. rows: of the stream, group after group; squared
-/// [rows]: of squared_norms; bound [rows] is written. T: float or kernels::Bfloat16.
+/// [rows]: of squared_norms; cap [1]: of find_norm_cap; bound [rows] is written. T: float or
+/// kernels::Bfloat16.
 template <class T>
 [[nodiscard]] BatchPlan plan_batch(const launchers::RowsOf<T>& rows, const Groups& groups,
                                    const CodecOptions& options, const Projection& projection,
                                    std::optional<std::uint32_t> dither_key, const double* squared,
-                                   double* bound, at::Device device);
+                                   const double* cap, double* bound, at::Device device);
 
 extern template BatchPlan plan_batch<float>(const launchers::RowsOf<float>&, const Groups&,
                                             const CodecOptions&, const Projection&,
-                                            std::optional<std::uint32_t>, const double*, double*,
-                                            at::Device);
+                                            std::optional<std::uint32_t>, const double*,
+                                            const double*, double*, at::Device);
 extern template BatchPlan plan_batch<kernels::Bfloat16>(const launchers::RowsOf<kernels::Bfloat16>&,
                                                         const Groups&, const CodecOptions&,
                                                         const Projection&,
                                                         std::optional<std::uint32_t>, const double*,
-                                                        double*, at::Device);
+                                                        const double*, double*, at::Device);
 
 }  // namespace lshmoe::cuda

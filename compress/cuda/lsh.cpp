@@ -238,10 +238,17 @@ class LshCodec final : public StagedCodec {
     std::optional<BatchPlan> plan;
     at::Tensor coded_bound, coefficients;  // with a basis
     double stretch = 1;
-    if (!whole_) bound = room<double>(rows.rows, device);
+    at::Tensor cap;
+    if (!whole_) {
+      bound = room<double>(rows.rows, device);
+      cap = room<double>(1, device);
+      launchers::find_norm_cap(as<double>(cap), as<const double>(squared), number, stream_rows.rows,
+                               rows.rows, stream);
+    }
     if (explains) {
       plan = plan_batch<T>(rows, groups, options(), projection_, dither_key_,
-                           as<const double>(squared), as<double>(bound), device);
+                           as<const double>(squared), as<const double>(cap), as<double>(bound),
+                           device);
       coding_groups = plan->coded;
       ids = plan->ids;
     }
@@ -266,7 +273,8 @@ class LshCodec final : public StagedCodec {
       auto* coding_data = as<launchers::CodedGroup>(coding_groups);
       const auto coding_count = static_cast<std::int64_t>(coding.size());
       launchers::row_bounds(as<double>(bound), coding_data, coding_count, as<const double>(squared),
-                            options().max_error(), by_group_, hidden, stream);
+                            as<const double>(cap), options().max_error(), by_group_, hidden,
+                            stream);
       if (known.has_basis()) {
         coded_bound = room<double>(rows.rows, device);
         launchers::coefficient_bounds(as<double>(coded_bound), as<const double>(bound),

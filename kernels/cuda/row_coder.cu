@@ -21,10 +21,19 @@ void widen_rows(float* out, const RowsOf<T>& rows, std::int64_t first, std::int6
          rows, first, count);
 }
 
+void find_norm_cap(double* cap, const double* squared, const std::int64_t* number,
+                   std::int64_t rows, std::int64_t numbers, Stream stream) {
+  // One block: norms are few bytes, and its counts stay in shared memory.
+  constexpr int kThreads = 1024;
+  launch("find_norm_cap", norm_cap_kernel<kThreads>, dim3(1), kThreads, 0, stream, cap, squared,
+         number, rows, numbers);
+}
+
 void row_bounds(double* bound, CodedGroup* groups, std::int64_t group_count, const double* squared,
-                double max_error, bool by_group, std::int64_t hidden, Stream stream) {
+                const double* cap, double max_error, bool by_group, std::int64_t hidden,
+                Stream stream) {
   launch("row_bounds", row_bounds_kernel<kBlock>, grid_for(group_count, 1), kBlock, 0, stream,
-         bound, groups, group_count, squared, max_error, by_group, hidden);
+         bound, groups, group_count, squared, cap, max_error, by_group, hidden);
 }
 
 template <class T>

@@ -7,6 +7,7 @@
 #include "lshmoe/kernels/cuda/row_coder.hpp"
 #include "lshmoe/kernels/formats.hpp"
 #include "lshmoe/kernels/quantize.hpp"
+#include "lshmoe/kernels/reference_norm.hpp"
 
 namespace lshmoe::kernels::cuda {
 
@@ -42,41 +43,82 @@ __global__ void widen_rows_kernel(float* out, RowsOf<T> rows, std::int64_t first
   }
 }
 
+/// One block.
+template <int kThreads>
+__global__ void norm_cap_kernel(double* cap, const double* squared, const std::int64_t* number,
+                                std::int64_t rows, std::int64_t numbers) {
+  __shared__ std::int32_t count[kNormBins];
+  __shared__ int median;
+  for (int bin = static_cast<int>(threadIdx.x); bin < kNormBins; bin += kThreads) count[bin] = 0;
+  if (threadIdx.x == 0) median = -1;
+  __syncthreads();
+  for (std::int64_t i = threadIdx.x; i < rows; i += kThreads) {
+    std::int64_t row = number != nullptr ? number[i] : i;
+    row = row < 0 ? 0 : row < numbers ? row : numbers - 1;
+    const int bin = norm_bin(squared[row]);
+    if (bin >= 0) atomicAdd(&count[bin], 1);
+  }
+  __syncthreads();
+  // Each thread has neighbouring bins.
+  constexpr int kOwn = (kNormBins + kThreads - 1) / kThreads;
+  const int first = static_cast<int>(threadIdx.x) * kOwn;
+  std::int32_t mine = 0, all = 0;
+  for (int bin = first; bin < first + kOwn && bin < kNormBins; ++bin) mine += count[bin];
+  std::int64_t below = exclusive_sum<kThreads>(mine, &all);
+  for (int bin = first; bin < first + kOwn && bin < kNormBins; ++bin) {
+    const bool before = 2 * below >= all;
+    below += count[bin];
+    if (!before && 2 * below >= all) median = bin;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) *cap = norm_cap(median);
+}
+
+/// Sums over the rows of a group.
+struct GroupEnergy {
+  double squares = 0, rows = 0;  // of references; that are not zero
+};
+template <int kThreads>
+__device__ GroupEnergy group_energy(const double* squared, std::int64_t rows, double cap) {
+  const double squares = block_lane_sum<double, kThreads>(rows, [=](std::int64_t i) {
+    const double reference = reference_norm(std::sqrt(squared[i]), cap);
+    return reference * reference;
+  });
+  return {squares, block_lane_sum<double, kThreads>(
+                       rows, [=](std::int64_t i) { return squared[i] > 0 ? 1.0 : 0.0; })};
+}
 /// A block a group.
 template <int kThreads>
-__device__ double group_energy(const double* squared, std::int64_t rows) {
-  return block_lane_sum<double, kThreads>(rows, [squared](std::int64_t i) {
-    const double norm = std::sqrt(squared[i]);
-    return norm * norm;
-  });
-}
-template <int kThreads>
 __global__ void row_bounds_kernel(double* bound, CodedGroup* groups, std::int64_t group_count,
-                                  const double* squared, double max_error, bool by_group,
-                                  std::int64_t hidden) {
+                                  const double* squared, const double* cap_at, double max_error,
+                                  bool by_group, std::int64_t hidden) {
+  const double cap = cap_at != nullptr ? *cap_at : norm_cap(-1);
   for (std::int64_t g = blockIdx.x; g < group_count; g += gridDim.x) {
     const std::int64_t first = groups[g].first, rows = groups[g].rows;
     double group_bound = 0;
     if (by_group) {
       // lane_sum has few lanes for few rows: the other threads add zeros.
-      double energy = 0;
+      GroupEnergy energy;
       if (lanes_of(rows) == kManyLanes) {
-        energy = group_energy<kManyLanes>(squared + first, rows);
+        energy = group_energy<kManyLanes>(squared + first, rows, cap);
       } else {
-        __shared__ double sum;
+        __shared__ double squares, counted;
         if (threadIdx.x < kFewLanes) {
-          energy = group_energy<kFewLanes>(squared + first, rows);
-          if (threadIdx.x == 0) sum = energy;
+          energy = group_energy<kFewLanes>(squared + first, rows, cap);
+          if (threadIdx.x == 0) {
+            squares = energy.squares;
+            counted = energy.rows;
+          }
         }
         __syncthreads();
-        energy = sum;
+        energy = {squares, counted};
         __syncthreads();
       }
-      group_bound = max_error * std::sqrt(energy / static_cast<double>(rows));
+      if (energy.rows > 0) group_bound = max_error * std::sqrt(energy.squares / energy.rows);
       if (threadIdx.x == 0) groups[g].step = group_step(group_bound, hidden);
     }
     for (std::int64_t i = first + threadIdx.x; i < first + rows; i += blockDim.x) {
-      bound[i] = by_group ? group_bound : max_error * std::sqrt(squared[i]);
+      bound[i] = by_group ? group_bound : max_error * reference_norm(std::sqrt(squared[i]), cap);
     }
   }
 }

@@ -60,10 +60,16 @@ template <class T>
 void widen_rows(float* out, const RowsOf<T>& rows, std::int64_t first, std::int64_t count,
                 Stream stream);
 
-/// bound [rows]: max_error |x|, or with by_group max_error * rms norm of the row's group, whose
-/// step is then set. As LshCodec's bounds.
+/// cap [1]: kernels::norm_cap of `rows` rows; squared [numbers], number [rows] clamped (null: the
+/// rows in order).
+void find_norm_cap(double* cap, const double* squared, const std::int64_t* number,
+                   std::int64_t rows, std::int64_t numbers, Stream stream);
+
+/// bound [rows]: max_error times each row's reference_norm, or with by_group times the
+/// group_reference of its group, whose step is then set. As LshCodec's bounds. cap [1]; null: none.
 void row_bounds(double* bound, CodedGroup* groups, std::int64_t group_count, const double* squared,
-                double max_error, bool by_group, std::int64_t hidden, Stream stream);
+                const double* cap, double max_error, bool by_group, std::int64_t hidden,
+                Stream stream);
 
 /// Codes every row to its bound. id [rows]: base of the row, used where its group has id_bytes.
 /// groups [group_count] cover the rows. T: float or Bfloat16.

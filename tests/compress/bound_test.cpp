@@ -32,23 +32,12 @@ struct Case {
 /// Largest error over its bound; the rows of a group are `rows_per_group` in order.
 double largest_ratio(const Case& c, const at::Tensor& x, const at::Tensor& decoded,
                      const std::vector<int64_t>& rows_per_group) {
-  double largest = 0;
-  int64_t first = 0;
-  for (const int64_t rows : rows_per_group) {
-    const at::Tensor exact = x.narrow(0, first, rows).to(at::kDouble);
-    const at::Tensor norm = exact.square().sum(1).sqrt();
-    const at::Tensor error =
-        (decoded.narrow(0, first, rows).to(at::kDouble) - exact).square().sum(1).sqrt();
-    const at::Tensor reference =
-        c.reference == "row" ? norm : norm.square().mean().sqrt().expand_as(norm);
-    // A zero row comes back zero: 0 / 0 counts as kept. NaN does not.
-    const at::Tensor ratio =
-        at::where(error == 0, at::zeros_like(error), error / (c.max_error * reference));
-    if (!at::isfinite(ratio).all().item<bool>()) return INFINITY;
-    largest = std::max(largest, ratio.max().item<double>());
-    first += rows;
-  }
-  return largest;
+  const at::Tensor error = (decoded.to(at::kDouble) - x.to(at::kDouble)).square().sum(1).sqrt();
+  const at::Tensor reference = testing::references(x, rows_per_group, c.reference == "group");
+  // A zero row comes back zero: 0 / 0 counts as kept. NaN does not.
+  const at::Tensor ratio =
+      at::where(error == 0, at::zeros_like(error), error / (c.max_error * reference));
+  return at::isfinite(ratio).all().item<bool>() ? ratio.max().item<double>() : INFINITY;
 }
 
 void check(const Case& c) {
@@ -80,6 +69,11 @@ void check(const Case& c) {
     // What the sender says of itself is no less than what is so.
     EXPECT_LE(encoded.stats.max_error_ratio, 1.0) << kind;
     EXPECT_GE(encoded.stats.max_error_ratio, ratio * (1 - 1e-6)) << kind;
+    // One row alone.
+    const at::Tensor one = x.slice(0, rows / 2, rows / 2 + 1);
+    const Encoded alone = codec->encode(one, {0, 1});
+    const at::Tensor back = codec->decode(alone.bytes, alone.bytes_per_group).rows;
+    EXPECT_LE(largest_ratio(c, one, back, {0, 1}), 1.0) << kind;
   }
 }
 
@@ -111,6 +105,19 @@ TEST_P(Bound, LearnedBasis) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Hidden, Bound, ::testing::Values(1, 7, 16, 64, 100, 384, 1000, 4096));
+
+// The formula by hand: norms 1, 2 and 100, of which 2 is the median.
+TEST(BoundTest, ReferencesAreCutOffAtThreeMedians) {
+  at::Tensor x = at::zeros({5, 4});
+  x[0][0] = 2;
+  x[1][1] = 100;
+  x[3][2] = -1;
+  const double group = std::sqrt((2 * 2 + 6 * 6) / 2.0);
+  EXPECT_TRUE(at::allclose(testing::references(x, {3, 2}, false),
+                           at::tensor({2.0, 6.0, 0.0, 1.0, 0.0}, at::kDouble)));
+  EXPECT_TRUE(at::allclose(testing::references(x, {3, 2}, true),
+                           at::tensor({group, group, group, 1.0, 1.0}, at::kDouble)));
+}
 
 // The test of the test: an error beyond the bound is seen, in the group where it is.
 TEST(BoundTest, SeesARowBeyondItsBound) {

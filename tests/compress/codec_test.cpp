@@ -46,28 +46,20 @@ Measured measure(const at::Tensor& x, const at::Tensor& decoded, const std::vect
                  double max_error, bool by_group) {
   const at::Tensor exact = x.to(at::kDouble).contiguous();
   const at::Tensor got = decoded.to(at::kDouble).contiguous();
+  const at::Tensor reference = testing::references(x, groups, by_group).contiguous();
   const auto* a = exact.const_data_ptr<double>();
   const auto* b = got.const_data_ptr<double>();
   const int64_t hidden = x.size(1);
   Measured m;
-  int64_t first = 0;
-  for (const int64_t rows : groups) {
-    double group_squares = 0;
-    for (int64_t i = first; i < first + rows; ++i) {
-      double error = 0, norm = 0;
-      for (int64_t j = i * hidden; j < (i + 1) * hidden; ++j) {
-        error += (a[j] - b[j]) * (a[j] - b[j]);
-        norm += a[j] * a[j];
-      }
-      m.error.push_back(std::sqrt(error));
-      m.norm.push_back(std::sqrt(norm));
-      group_squares += norm;
+  for (int64_t i = 0; i < x.size(0); ++i) {
+    double error = 0, norm = 0;
+    for (int64_t j = i * hidden; j < (i + 1) * hidden; ++j) {
+      error += (a[j] - b[j]) * (a[j] - b[j]);
+      norm += a[j] * a[j];
     }
-    for (int64_t i = first; i < first + rows; ++i) {
-      m.bound.push_back(max_error * (by_group ? std::sqrt(group_squares / static_cast<double>(rows))
-                                              : m.norm[static_cast<std::size_t>(i)]));
-    }
-    first += rows;
+    m.error.push_back(std::sqrt(error));
+    m.norm.push_back(std::sqrt(norm));
+    m.bound.push_back(max_error * reference.const_data_ptr<double>()[i]);
   }
   for (std::size_t i = 0; i < m.error.size(); ++i) {
     const double relative = m.norm[i] > 0 ? m.error[i] / m.norm[i] : 0;

@@ -49,15 +49,9 @@ struct CudaBatchChecks : CudaChecks {
                           const at::Tensor& decoded, const std::vector<int64_t>& rows_per_group) {
     const at::Tensor exact = rows.to(at::kDouble);
     const at::Tensor error = at::linalg_vector_norm(decoded.to(at::kDouble) - exact, 2, {1});
-    at::Tensor norm = at::linalg_vector_norm(exact, 2, {1});
-    if (options.error_reference() == "group") {
-      std::vector<at::Tensor> groups{at::zeros({0}, at::kDouble)};
-      for (const at::Tensor& part : norm.split_with_sizes(rows_per_group)) {
-        if (part.numel() > 0) groups.push_back(part.square().mean().sqrt().expand_as(part));
-      }
-      norm = at::cat(groups);
-    }
-    EXPECT_TRUE((error <= options.max_error() * norm * (1 + 1e-9)).all().item<bool>());
+    const at::Tensor reference =
+        references(rows, rows_per_group, options.error_reference() == "group");
+    EXPECT_TRUE((error <= options.max_error() * reference * (1 + 1e-9)).all().item<bool>());
   }
 
   /// assignment and centroids say what the parcels say.

@@ -30,9 +30,10 @@ inline at::Tensor clustered(int64_t rows, int64_t hidden, int64_t centres, doubl
 
 /// Kinds of rows by name; those in between are what breaks codecs.
 inline const std::vector<std::string>& row_kinds() {
-  static const std::vector<std::string> kinds{"gaussian",  "clustered", "outliers",   "tiny",
-                                              "huge",      "mixed",     "duplicates", "zeros",
-                                              "denormals", "offset"};
+  static const std::vector<std::string> kinds{
+      "gaussian",    "clustered",     "outliers", "tiny",      "huge",
+      "mixed",       "duplicates",    "zeros",    "denormals", "offset",
+      "one_outlier", "half_outliers", "few_rows", "equal",     "all_zero"};
   return kinds;
 }
 inline at::Tensor make_rows(const std::string& kind, int64_t rows, int64_t hidden, uint64_t seed) {
@@ -56,8 +57,40 @@ inline at::Tensor make_rows(const std::string& kind, int64_t rows, int64_t hidde
     x.mul_(1e-40);
   } else if (kind == "offset") {
     x.mul_(1e-3).add_(100);  // |x| far above what sets rows apart
+  } else if (kind == "one_outlier") {
+    x.mul_(at::where(number == rows / 2, 50, 1));
+  } else if (kind == "half_outliers") {
+    x.mul_(at::where(number % 2 == 0, 50, 1));
+  } else if (kind == "few_rows") {
+    x.mul_(number % 10 == 3);  // nine in ten are zero
+  } else if (kind == "equal") {
+    x.copy_(x.slice(0, 0, 1).clone());
+  } else if (kind == "all_zero") {
+    x.zero_();
   }
   return x;
+}
+
+/// What the bounds of the rows of one encode call are relative to, as codec.hpp says it
+/// (error_reference): double [rows].
+inline at::Tensor references(const at::Tensor& rows, const std::vector<int64_t>& rows_per_group,
+                             bool by_group) {
+  const at::Tensor squared = rows.to(at::kDouble).square().sum(1);
+  at::Tensor reference = squared.sqrt();
+  const at::Tensor some = squared.masked_select(squared > 0);
+  if (some.numel() > 0) {
+    // at::median takes the lower of two. An eighth of an octave is a quarter of one of squares.
+    const double quarters = std::floor(4 * std::log2(some.median().item<double>()));
+    reference = reference.clamp_max(3 * std::exp2(quarters / 8));
+  }
+  if (!by_group) return reference;
+  std::vector<at::Tensor> groups{at::zeros({0}, at::kDouble)};
+  for (const at::Tensor& group : reference.split_with_sizes(rows_per_group)) {
+    const at::Tensor nonzero = group.masked_select(group > 0);
+    const double rms = nonzero.numel() > 0 ? nonzero.square().mean().sqrt().item<double>() : 0;
+    groups.push_back(at::full_like(group, rms));
+  }
+  return at::cat(groups);
 }
 
 /// The bytes of a tensor, for comparisons bit for bit.

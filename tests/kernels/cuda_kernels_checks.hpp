@@ -17,6 +17,7 @@
 #include "lshmoe/compress/row_coder.hpp"
 #include "lshmoe/kernels/checksum.hpp"
 #include "lshmoe/kernels/lsh.hpp"
+#include "lshmoe/kernels/reference_norm.hpp"
 #include "lshmoe/kernels/rows.hpp"
 
 namespace lshmoe::kernels {
@@ -357,19 +358,49 @@ TEST_F(Cuda, Bounds) {
     groups[g].first = first[g];
     groups[g].rows = first[g + 1] - first[g];
   }
-  Vector<double> bound(1500);
-  cuda::row_bounds(bound.data(), groups.data(), 3, squared.data(), 0.25, false, 64, nullptr);
-  for (std::size_t i = 0; i < 1500; ++i) EXPECT_EQ(bound[i], 0.25 * std::sqrt(squared[i]));
-  cuda::row_bounds(bound.data(), groups.data(), 3, squared.data(), 0.25, true, 64, nullptr);
-  for (std::size_t g = 0; g < 3; ++g) {
-    double sum = 0;
-    for (std::int64_t i = first[g]; i < first[g + 1]; ++i)
-      sum += squared[static_cast<std::size_t>(i)];
-    const double want = 0.25 * std::sqrt(sum / double(groups[g].rows));
-    for (std::int64_t i = first[g]; i < first[g + 1]; ++i) {
-      EXPECT_NEAR(bound[static_cast<std::size_t>(i)], want, 1e-14);
+  // The last two rows of the first group are all of that kind.
+  for (std::size_t i = 0; i < 20; ++i) squared[i] = i < 18 ? 0 : 1e7;
+  Vector<double> bound(1500), norm(1500), cap(1);
+  for (std::size_t i = 0; i < 1500; ++i) norm[i] = std::sqrt(squared[i]);
+  for (const bool capped : {false, true}) {
+    cap[0] = capped ? norm_cap(squared.data(), nullptr, 1500) : HUGE_VAL;
+    const double* given = capped ? cap.data() : nullptr;
+    cuda::row_bounds(bound.data(), groups.data(), 3, squared.data(), given, 0.25, false, 64,
+                     nullptr);
+    for (std::size_t i = 0; i < 1500; ++i) EXPECT_EQ(bound[i], 0.25 * std::min(norm[i], cap[0]));
+    cuda::row_bounds(bound.data(), groups.data(), 3, squared.data(), given, 0.25, true, 64,
+                     nullptr);
+    for (std::size_t g = 0; g < 3; ++g) {
+      const double want = 0.25 * group_reference(norm.data() + first[g], groups[g].rows, cap[0]);
+      for (std::int64_t i = first[g]; i < first[g + 1]; ++i) {
+        EXPECT_EQ(bound[static_cast<std::size_t>(i)], want);
+      }
+      EXPECT_EQ(groups[g].step, group_step(want, 64));
     }
-    EXPECT_EQ(groups[g].step, group_step(bound[static_cast<std::size_t>(first[g])], 64));
+  }
+}
+
+TEST_F(Cuda, NormCap) {
+  for (const std::int64_t rows : kRows) {
+    for (const std::string kind : {"all", "zeros", "all zero", "bad"}) {
+      const auto exponents = normal<float>(rows, 3, 40);
+      Vector<double> squared;
+      for (std::int64_t i = 0; i < rows; ++i) {
+        const double value = std::exp2(double{exponents[static_cast<std::size_t>(i)]});
+        const bool zero = kind == "all zero" || (kind == "zeros" && i % 3 != 0);
+        squared.push_back(zero                          ? 0.0
+                          : kind == "bad" && i % 5 == 0 ? HUGE_VAL * (i % 2 == 0 ? 1 : 0)
+                                                        : value);
+      }
+      Vector<double> cap(1, -1);
+      cuda::find_norm_cap(cap.data(), squared.data(), nullptr, rows, rows, nullptr);
+      EXPECT_EQ(cap[0], norm_cap(squared.data(), nullptr, rows)) << rows << " " << kind;
+      if (rows == 0) continue;
+      Vector<std::int64_t> number;
+      for (std::int64_t i = 0; i < 2 * rows; ++i) number.push_back(i * i % rows);
+      cuda::find_norm_cap(cap.data(), squared.data(), number.data(), 2 * rows, rows, nullptr);
+      EXPECT_EQ(cap[0], norm_cap(squared.data(), number.data(), 2 * rows)) << rows << " " << kind;
+    }
   }
 }
 
