@@ -723,7 +723,7 @@ void bench_codec(int argc, const char* const* argv) {
 
   std::printf(
       "%s: %lld rows x %lld, %s, groups of %lld; fitted to %lld rows before them\n"
-      "errors relative to the row's norm (group: to the group's rms norm); MB/s of these "
+      "errors relative to the row's norm (by group, and max of lsh: as the bound); MB/s of these "
       "rows, by the time that one thread computes; Gbit/s of a link below which coding pays, "
       "against bf16 and fp8\n\n",
       o.input.c_str(), static_cast<long long>(rows.x.size(0)),
