@@ -3,7 +3,9 @@
 #include <ATen/record_function.h>
 
 #include <algorithm>
+#include <cmath>
 #include <span>
+#include <string_view>
 #include <unordered_set>
 
 #include "lshmoe/comm/keep_buffer.hpp"
@@ -14,17 +16,31 @@
 namespace lshmoe {
 namespace {
 
+/// FNV-1a.
+class Hash {
+ public:
+  void add(uint64_t value) { hash_ = (hash_ ^ value) * 1099511628211u; }
+  [[nodiscard]] uint64_t value() const { return hash_; }
+
+ private:
+  uint64_t hash_ = 1469598103934665603u;
+};
+
 /// A number that differs, but for a rare accident, when the parameters' number or sizes do.
-int64_t fingerprint(const std::vector<at::Tensor>& parameters) {
-  uint64_t hash = 1469598103934665603u;  // FNV-1a
-  const auto add = [&](uint64_t value) { hash = (hash ^ value) * 1099511628211u; };
-  add(parameters.size());
+uint64_t fingerprint(const std::vector<at::Tensor>& parameters) {
+  Hash hash;
+  hash.add(parameters.size());
   for (const at::Tensor& parameter : parameters) {
-    add(static_cast<uint64_t>(parameter.scalar_type()));
-    for (const int64_t size : parameter.sizes()) add(static_cast<uint64_t>(size));
-    add(0xffff);
+    hash.add(static_cast<uint64_t>(parameter.scalar_type()));
+    for (const int64_t size : parameter.sizes()) hash.add(static_cast<uint64_t>(size));
+    hash.add(0xffff);
   }
-  return static_cast<int64_t>(hash);
+  return hash.value();
+}
+uint64_t fingerprint(std::string_view text) {
+  Hash hash;
+  for (const char c : text) hash.add(static_cast<unsigned char>(c));
+  return hash.value();
 }
 
 /// All ranks see all fingerprints and throw together, or some would wait for the others.
@@ -105,7 +121,7 @@ double squared_norm(const std::vector<at::Tensor>& parameters) {
 
 GradientReducer::GradientReducer(ExpertGroups groups, torch::nn::Module& model,
                                  const std::vector<at::Tensor>& more_expert_parameters)
-    : groups_(std::move(groups)) {
+    : groups_(std::move(groups)), model_(&model) {
   std::unordered_set<const void*> is_expert;
   const auto mark = [&](const std::vector<at::Tensor>& parameters) {
     for (const at::Tensor& parameter : parameters)
@@ -120,40 +136,144 @@ GradientReducer::GradientReducer(ExpertGroups groups, torch::nn::Module& model,
     }
   }
   std::unordered_set<const void*> seen;  // a tied parameter is listed twice
-  const auto add = [&](const at::Tensor& parameter) {
-    if (!parameter.requires_grad() || !seen.insert(parameter.unsafeGetTensorImpl()).second) return;
-    (is_expert.count(parameter.unsafeGetTensorImpl()) != 0 ? expert_ : shared_)
-        .push_back(parameter);
+  const auto add = [&](const Named& parameter) {
+    const auto* tensor = parameter.tensor.unsafeGetTensorImpl();
+    if (seen.insert(tensor).second) {
+      (is_expert.count(tensor) != 0 ? expert_ : shared_).push_back(parameter);
+    }
   };
-  for (const at::Tensor& parameter : model.parameters()) add(parameter);
-  for (const at::Tensor& parameter : more_expert_parameters) add(parameter);
-  for (const auto* parameters : {&shared_, &expert_}) {
-    for (const at::Tensor& parameter : *parameters) {
-      LSHMOE_VALIDATE(parameter.device() == parameters->front().device(), "parameters on ",
-                      parameter.device(), " and on ", parameters->front().device(),
+  for (const auto& item : model.named_parameters()) {
+    all_.push_back({item.key(), item.value()});
+    add(all_.back());
+  }
+  for (std::size_t i = 0; i < more_expert_parameters.size(); ++i) {
+    add({detail::message("more_expert_parameters[", i, "]"), more_expert_parameters[i]});
+  }
+  for (const auto& parameters : {trained(shared_), trained(expert_)}) {
+    for (const at::Tensor& parameter : parameters) {
+      LSHMOE_VALIDATE(parameter.device() == parameters.front().device(), "parameters on ",
+                      parameter.device(), " and on ", parameters.front().device(),
                       " (their gradients go in one buffer): put the model on one device");
     }
   }
-  check_equal(*groups_.world, shared_, 1, "shared");
-  check_equal(*groups_.world, expert_, groups_.expert->size(), "expert");
+  check_equal(*groups_.world, tensors(shared_), 1, "shared");
+  check_equal(*groups_.world, tensors(expert_), groups_.expert->size(), "expert");
+}
+
+std::vector<at::Tensor> GradientReducer::tensors(const std::vector<Named>& parameters) {
+  std::vector<at::Tensor> all;
+  for (const Named& parameter : parameters) all.push_back(parameter.tensor);
+  return all;
+}
+std::vector<at::Tensor> GradientReducer::trained(const std::vector<Named>& parameters) {
+  std::vector<at::Tensor> some;
+  for (const Named& parameter : parameters) {
+    if (parameter.tensor.requires_grad()) some.push_back(parameter.tensor);
+  }
+  return some;
+}
+std::vector<at::Tensor> GradientReducer::shared_parameters() const { return trained(shared_); }
+std::vector<at::Tensor> GradientReducer::expert_parameters() const { return trained(expert_); }
+
+// The first parameter that was added to the model, removed or replaced; empty: none.
+std::string GradientReducer::changed_parameter() const {
+  std::size_t i = 0;
+  for (const auto& item : model_->named_parameters()) {
+    const auto is_this = [&](const Named& known) { return item.value().is_same(known.tensor); };
+    if (i == all_.size() || !is_this(all_[i])) {
+      const bool known = std::any_of(all_.begin(), all_.end(), is_this);
+      return known && i < all_.size() ? all_[i].name : item.key();
+    }
+    ++i;
+  }
+  return i < all_.size() ? all_[i].name : "";
+}
+
+// Each rank's word is a few bytes; what is wrong is asked for only where something is.
+void GradientReducer::check_ranks_agree() const {
+  const std::string changed = changed_parameter();
+  std::string flags;  // of shared and expert parameters
+  for (const auto* parameters : {&shared_, &expert_}) {
+    for (const Named& parameter : *parameters) {
+      flags.push_back(parameter.tensor.requires_grad() ? '1' : '0');
+    }
+  }
+  struct Word {
+    std::uint64_t shared, expert;
+    std::int64_t changed;
+  };
+  const std::string_view all = flags;
+  const Word mine{fingerprint(all.substr(0, shared_.size())),
+                  fingerprint(all.substr(shared_.size())), changed.empty() ? 0 : 1};
+  Communicator& world = *groups_.world;
+  const std::vector<Word> words = all_gather(world, mine, Purpose::control);
+  const auto ep_size = static_cast<std::size_t>(groups_.expert->size());
+  bool agreed = true;
+  for (std::size_t r = 0; r < words.size(); ++r) {
+    agreed &= words[r].changed == 0 && words[r].shared == words[0].shared &&
+              words[r].expert == words[r % ep_size].expert;
+  }
+  if (agreed) return;
+  const std::string told = changed.empty() ? flags : "!" + changed;
+  std::vector<std::string> ranks;
+  for (const auto& bytes :
+       world.gather(std::as_bytes(std::span(told)), /*root=*/0, Purpose::control)) {
+    const auto* text = reinterpret_cast<const char*>(bytes.data());
+    ranks.emplace_back(text, bytes.size());
+  }
+  std::string text = world.rank() == 0 ? disagreement(ranks) : "";
+  std::uint64_t size = text.size();
+  world.broadcast(&size, sizeof size, /*root=*/0, Purpose::control);
+  text.resize(size);
+  world.broadcast(text.data(), size, /*root=*/0, Purpose::control);
+  throw InvalidArgument(text);
+}
+
+// What rank 0 makes of what all ranks told it: a flag for each parameter, or '!' and a name.
+std::string GradientReducer::disagreement(const std::vector<std::string>& ranks) const {
+  const auto ep_size = static_cast<std::size_t>(groups_.expert->size());
+  for (std::size_t r = 0; r < ranks.size(); ++r) {
+    if (ranks[r].starts_with('!')) {
+      return detail::message("parameter '", ranks[r].substr(1), "' of rank ", r,
+                             " is no longer what it was when the GradientReducer was made (it was "
+                             "replaced, added or removed; its gradient would not be reduced): make "
+                             "a new GradientReducer, on all ranks");
+    }
+  }
+  const auto word = [](char flag) { return flag == '1' ? "requires a gradient" : "is frozen"; };
+  for (std::size_t r = 0; r < ranks.size(); ++r) {
+    for (std::size_t i = 0; i < ranks[r].size(); ++i) {
+      const bool shared = i < shared_.size();
+      const std::size_t first = shared ? 0 : r % ep_size;
+      if (ranks[r][i] == ranks[first][i]) continue;
+      return detail::message(
+          "parameter '", shared ? shared_[i].name : expert_[i - shared_.size()].name, "' ",
+          word(ranks[r][i]), " on rank ", r, ", but ", word(ranks[first][i]), " on rank ", first,
+          " (their gradients could not be added): call requires_grad_() on all "
+          "ranks alike");
+    }
+  }
+  return "the ranks disagree about which parameters require a gradient";
 }
 
 void GradientReducer::reduce() {
   RECORD_FUNCTION("lshmoe::reduce_gradients", std::vector<c10::IValue>{});
   const at::NoGradGuard no_grad;
+  check_ranks_agree();
   const double world_size = groups_.world->size();
-  reduce_all(*groups_.world, shared_, world_size);
-  reduce_all(*groups_.replica, expert_, world_size);
+  reduce_all(*groups_.world, shared_parameters(), world_size);
+  reduce_all(*groups_.replica, expert_parameters(), world_size);
 }
 
 double GradientReducer::clip_grad_norm(double max_norm) {
   const at::NoGradGuard no_grad;
-  double experts = squared_norm(expert_);
+  const std::vector<at::Tensor> shared = shared_parameters(), expert = expert_parameters();
+  double experts = squared_norm(expert);
   groups_.expert->all_reduce(std::span(&experts, 1), ReduceOp::sum, Purpose::gradients);
-  const double norm = std::sqrt(squared_norm(shared_) + experts);
+  const double norm = std::sqrt(squared_norm(shared) + experts);
   if (max_norm > 0 && norm > max_norm) {
     const double scale = max_norm / norm;
-    for (const auto* parameters : {&shared_, &expert_}) {
+    for (const auto* parameters : {&shared, &expert}) {
       for (const at::Tensor& parameter : *parameters) {
         if (parameter.grad().defined()) parameter.grad().mul_(scale);
       }

@@ -27,7 +27,7 @@ using testing::world;
 constexpr int64_t kHidden = 8, kExperts = 8;
 
 MoELayerOptions small() {
-  return MoELayerOptions(kHidden, 12, kExperts).top_k(2).shared_expert_size(4).seed(4);
+  return MoELayerOptions(kHidden, 12, kExperts).top_k(2).shared_expert_size(4).seed(4).layer(0);
 }
 
 /// A model with a layer somewhere inside.
@@ -159,6 +159,117 @@ TEST(GradientReducer, UndefinedGradientsCountAsZeros) {
     EXPECT_TRUE(at::allclose(layer->experts->w1.grad(),
                              at::full_like(layer->experts->w1, replica_of_last ? 1.0 / ranks : 0)));
   }
+}
+
+void backward(MoELayer& layer, uint64_t seed) {
+  at::Generator stream =
+      at::make_generator<at::CPUGeneratorImpl>(seed + 100 * static_cast<uint64_t>(world()->rank()));
+  for (at::Tensor& parameter : layer->parameters()) parameter.mutable_grad() = at::Tensor();
+  layer->forward(at::randn({6, kHidden}, stream)).output.square().mean().backward();
+}
+
+// A frozen parameter has no gradient and keeps its value; one that is unfrozen is reduced again.
+TEST(GradientReducer, FollowsWhatRequiresAGradientNow) {
+  for (int ep = 1; ep <= world()->size(); ep *= 2) {
+    SCOPED_TRACE(ep);
+    const ExpertGroups groups = make_expert_groups(world(), ep);
+    MoELayer layer(small(), groups);
+    at::Tensor gate = layer->gate->weight, w1 = layer->experts->w1;
+    w1.set_requires_grad(false);  // frozen from the beginning
+    GradientReducer reducer(groups, *layer);
+    torch::optim::AdamW optimizer(layer->parameters(),
+                                  torch::optim::AdamWOptions(0.01).weight_decay(0.1));
+    const auto step = [&](uint64_t seed) {
+      backward(layer, seed);
+      reducer.reduce();
+      const double norm = reducer.clip_grad_norm(1e-3);
+      double squares = 0;
+      for (const at::Tensor& p : reducer.shared_parameters())
+        squares += p.grad().square().sum().item<double>();
+      EXPECT_GT(norm, 0);
+      EXPECT_LT(std::sqrt(squares), 1.001e-3);  // it was clipped
+      optimizer.step();
+    };
+    for (const bool freeze : {true, false, true}) {
+      gate.set_requires_grad(!freeze);
+      w1.set_requires_grad(freeze);
+      const at::Tensor gate_before = gate.detach().clone(), w1_before = w1.detach().clone();
+      for (uint64_t i = 0; i < 3; ++i) {
+        step(i);
+        EXPECT_EQ(gate.grad().defined(), !freeze);
+        EXPECT_EQ(w1.grad().defined(), freeze);
+      }
+      EXPECT_EQ(at::equal(gate.detach(), gate_before), freeze);
+      EXPECT_EQ(at::equal(w1.detach(), w1_before), !freeze);
+      EXPECT_EQ(reducer.shared_parameters().size(), freeze ? 4U : 5U);  // and the shared expert's
+      EXPECT_EQ(reducer.expert_parameters().size(), freeze ? 4U : 3U);
+      // Equal on all ranks that hold it.
+      at::Tensor first = gate.detach().clone();
+      world()->broadcast(first.data_ptr(), first.nbytes(), 0, Purpose::control);
+      EXPECT_TRUE(at::equal(first, gate.detach()));
+    }
+    // Gradients of before are not touched where the parameter is frozen.
+    gate.mutable_grad() = at::ones_like(gate);
+    reducer.reduce();
+    static_cast<void>(reducer.clip_grad_norm(1e-6));
+    EXPECT_TRUE(at::equal(gate.grad(), at::ones_like(gate)));
+  }
+}
+
+TEST(GradientReducer, NamesTheParameterThatRanksDisagreeAbout) {
+  if (world()->size() == 1) GTEST_SKIP() << "needs peers";
+  const int last = world()->size() - 1;
+  const bool odd = world()->rank() == last;
+  const ExpertGroups groups = make_expert_groups(world(), 1);
+  Model model(MoELayer(small(), groups));
+  GradientReducer reducer(groups, model);
+  const std::string rank = " on rank " + std::to_string(last);
+  for (const bool frozen : {true, false}) {
+    model.layer->gate->weight.set_requires_grad(frozen != odd);
+    expect_error("parameter 'inner.0.gate.weight' " +
+                     (frozen ? "is frozen" + rank + ", but requires a gradient on rank 0"
+                             : "requires a gradient" + rank + ", but is frozen on rank 0") +
+                     " (their gradients could not be added)",
+                 [&] { reducer.reduce(); });
+  }
+  model.layer->gate->weight.set_requires_grad(true);
+  at::Tensor& w2 = model.layer->experts->w2;
+  w2.set_requires_grad(!odd);
+  expect_error("parameter 'inner.0.experts.w2' is frozen" + rank, [&] { reducer.reduce(); });
+  w2.set_requires_grad(true);
+  reducer.reduce();  // all is well again
+  if (world()->size() < 4) return;
+  // Experts of ranks that hold others need not agree.
+  const ExpertGroups pairs = make_expert_groups(world(), 2);
+  MoELayer layer(small(), pairs);
+  GradientReducer of_pairs(pairs, *layer);
+  layer->experts->w1.set_requires_grad(world()->rank() % 2 == 0);
+  of_pairs.reduce();
+  layer->experts->w1.set_requires_grad(world()->rank() != 2);
+  expect_error("parameter 'experts.w1' is frozen on rank 2, but requires a gradient on rank 0",
+               [&] { of_pairs.reduce(); });
+}
+
+TEST(GradientReducer, RefusesParametersThatAreNoLongerItsOwn) {
+  const ExpertGroups groups = make_expert_groups(world());
+  const int last = world()->size() - 1;
+  const auto refused = [&](const std::string& name, auto change) {
+    Model model(MoELayer(small(), groups));
+    GradientReducer reducer(groups, model);
+    reducer.reduce();
+    if (world()->rank() == last) change(model);  // on one rank alone: all of them throw
+    expect_error("parameter '" + name + "' of rank " + std::to_string(last) +
+                     " is no longer what it was when the GradientReducer was made",
+                 [&] { reducer.reduce(); });
+  };
+  refused("before.weight", [](Model& model) {
+    model.replace_module("before", torch::nn::Linear(kHidden, kHidden));
+  });
+  refused("before.weight", [](Model& model) { model.unregister_module("before"); });
+  refused("late", [](Model& model) { model.register_parameter("late", at::zeros({2})); });
+  refused("inner.1.weight", [](Model& model) {
+    model.inner->push_back(torch::nn::LayerNorm(torch::nn::LayerNormOptions({kHidden})));
+  });
 }
 
 TEST(GradientReducer, ClipsByTheNormOfTheWholeModel) {
