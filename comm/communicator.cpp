@@ -43,49 +43,78 @@ std::string_view name_of(Purpose purpose) {
 Communicator::Communicator() = default;
 Communicator::~Communicator() = default;
 
+Communicator::Turn::Turn(const Communicator& comm) {
+  if (comm.size() == 1) {
+    lock_ = std::unique_lock(comm.turn_);
+    return;
+  }
+  // One for all communicators: MPI, too, is used by one thread at a time.
+  static std::recursive_mutex several;
+  lock_ = std::unique_lock(several, std::try_to_lock);
+  LSHMOE_VALIDATE(lock_.owns_lock(),
+                  "two threads of this rank are in collectives of several ranks "
+                  "at a time, one of them of '",
+                  comm.name(),
+                  "' (the other ranks could not follow the order of their calls): call them from "
+                  "one thread");
+}
+
 std::shared_ptr<Communicator> Communicator::split(int color, int key, const std::string& name) {
   LSHMOE_VALIDATE(color >= 0, "color ", color, " of split '", name,
                   "' is negative (every rank joins a group): number the groups from 0");
+  const Turn turn(*this);
   return do_split(color, key, name);
 }
 
-void Communicator::barrier(Purpose purpose) { do_barrier(purpose); }
+void Communicator::barrier(Purpose purpose) {
+  const Turn turn(*this);
+  do_barrier(purpose);
+}
 
 void Communicator::all_reduce(std::span<float> data, ReduceOp op, Purpose purpose) {
+  const Turn turn(*this);
   do_all_reduce(data.data(), data.size(), Element::f32, op, purpose);
 }
 void Communicator::all_reduce(std::span<double> data, ReduceOp op, Purpose purpose) {
+  const Turn turn(*this);
   do_all_reduce(data.data(), data.size(), Element::f64, op, purpose);
 }
 void Communicator::all_reduce(std::span<std::int64_t> data, ReduceOp op, Purpose purpose) {
+  const Turn turn(*this);
   do_all_reduce(data.data(), data.size(), Element::i64, op, purpose);
 }
 
 void Communicator::all_reduce(std::span<float> data, Purpose purpose, DeviceStream stream) {
+  const Turn turn(*this);
   do_device_all_reduce(data.data(), data.size(), Element::f32, purpose, stream);
 }
 void Communicator::all_reduce(std::span<double> data, Purpose purpose, DeviceStream stream) {
+  const Turn turn(*this);
   do_device_all_reduce(data.data(), data.size(), Element::f64, purpose, stream);
 }
 
 void Communicator::broadcast(void* data, std::size_t bytes, int root, Purpose purpose) {
   check_root(*this, root);
+  const Turn turn(*this);
   do_broadcast(data, bytes, root, purpose);
 }
 void Communicator::broadcast(void* data, std::size_t bytes, int root, Purpose purpose,
                              DeviceStream stream) {
   check_root(*this, root);
+  const Turn turn(*this);
   do_device_broadcast(data, bytes, root, purpose, stream);
 }
 
 std::vector<std::vector<std::byte>> Communicator::gather(std::span<const std::byte> data, int root,
                                                          Purpose purpose) {
   check_root(*this, root);
+  const Turn turn(*this);
   return do_gather(data, root, purpose);
 }
 
 void Communicator::all_to_all(const void* send, void* recv, std::size_t bytes_per_rank,
                               Purpose purpose) {
+  const Turn turn(*this);
   do_all_to_all(send, recv, bytes_per_rank, purpose);
 }
 
@@ -93,6 +122,7 @@ void Communicator::all_to_all_v(const void* send, std::span<const std::int64_t> 
                                 void* recv, std::span<const std::int64_t> recv_bytes,
                                 Purpose purpose) {
   check_sizes(send_bytes, recv_bytes);
+  const Turn turn(*this);
   do_all_to_all_v(send, send_bytes, recv, recv_bytes, purpose);
 }
 
@@ -100,6 +130,7 @@ void Communicator::all_to_all_v(const void* send, std::span<const std::int64_t> 
                                 void* recv, std::span<const std::int64_t> recv_bytes,
                                 Purpose purpose, DeviceStream stream) {
   check_sizes(send_bytes, recv_bytes);
+  const Turn turn(*this);
   do_device_all_to_all_v(send, send_bytes, recv, recv_bytes, purpose, stream);
 }
 

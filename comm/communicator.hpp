@@ -5,6 +5,11 @@
 // in the same order with the same purpose; a rank that does otherwise makes the others throw
 // CommError. No function here keeps a reference to its arguments after it returns.
 //
+// Collectives of several ranks are called by one thread of a process at a time, whatever the
+// communicator: a second one that comes while one runs gets InvalidArgument, for nobody could order
+// their calls as the other ranks do. Communicators of one rank may be used by several threads; they
+// take turns.
+//
 // Errors of every collective: InvalidArgument for arguments that are wrong on this rank alone
 // (nothing was sent; the communicator still works), CommError when ranks disagree or a peer failed,
 // Timeout when a peer did not come. After the last two the communicator is dead: each later
@@ -18,9 +23,11 @@
 // without CUDA.
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <string_view>
@@ -135,10 +142,25 @@ class Communicator {
   void all_to_all_v(const void* send, std::span<const std::int64_t> send_bytes, void* recv,
                     std::span<const std::int64_t> recv_bytes, Purpose purpose, DeviceStream stream);
 
-  /// Traffic of this process through this communicator since it was made. Local.
+  /// Traffic of this process through this communicator since it was made. Local; not while another
+  /// thread is in a collective.
   [[nodiscard]] Traffic traffic(Purpose purpose) const;
   /// The same over all purposes. Local.
   [[nodiscard]] Traffic traffic() const;
+
+  /// Collectives that belong together: while it lives, other threads are kept out as by a running
+  /// collective. Local; throws InvalidArgument as a collective does.
+  class Turn {
+   public:
+    explicit Turn(const Communicator& comm);
+
+   private:
+    std::unique_lock<std::recursive_mutex> lock_;
+  };
+
+  /// 1, 2, ...: numbers what is made on this communicator, in the order of the calls, so that ranks
+  /// can check that they use it alike. Local, thread-safe.
+  [[nodiscard]] std::int64_t number_object() { return ++objects_; }
 
   /// Longest wait of one collective in which nothing arrives from any peer, in seconds. Local.
   [[nodiscard]] virtual double timeout_seconds() const = 0;
@@ -181,6 +203,8 @@ class Communicator {
 
   std::unique_ptr<cuda::Staging> staging_;  // made when first needed
   std::array<Traffic, static_cast<std::size_t>(Purpose::count_)> traffic_{};
+  std::atomic<std::int64_t> objects_{0};
+  mutable std::recursive_mutex turn_;  // of one rank; collectives may be made of others
 };
 
 /// One value from every rank, in rank order, on every rank. T is trivially copyable. Collective.

@@ -2,6 +2,7 @@
 // Memory that a failed collective may still be reading; see the errors in communicator.hpp.
 
 #include <memory>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -17,6 +18,8 @@ void keep_buffer_on_error(Buffer& buffer, Call call) {
     call();
   } catch (const CommError&) {
     static auto* const kept = new std::vector<std::shared_ptr<void>>;
+    static std::mutex mutex;
+    const std::lock_guard lock(mutex);
     kept->push_back(std::make_shared<Buffer>(std::move(buffer)));
     throw;
   }

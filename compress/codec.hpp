@@ -155,8 +155,8 @@ class NonFiniteRow : public InvalidArgument {
   const int64_t row;  ///< of the encoded tensor
 };
 
-/// Thread-compatible. encode and decode keep nothing between calls; observe and refresh change what
-/// they use (state=learned).
+/// Thread-safe. encode and decode keep nothing between calls; observe and refresh change what they
+/// use (state=learned), and wait until those that run are done.
 ///
 /// Tensors are on the context's device; row_index may also be on the CPU. On a GPU, work is queued
 /// on the current stream; encode waits for it once, for the sizes, and decode once, for the checks.

@@ -6,7 +6,9 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <mutex>
 #include <optional>
+#include <shared_mutex>
 #include <span>
 #include <unordered_map>
 #include <utility>
@@ -45,7 +47,9 @@ class LshCodec final : public CpuCodec, public LshInternals {
                            whole_ ? 0 : options.projection()) {}
 
   void observe(const at::Tensor& x, const at::Tensor& row_index) override {
-    if (!learned_ || !fit_is_due(refreshes_ + 1) || x.numel() == 0) return;
+    if (!learned_ || x.numel() == 0) return;
+    const std::unique_lock lock(mutex_);
+    if (!fit_is_due(refreshes_ + 1)) return;
     const at::Tensor rows = x.contiguous();
     const int64_t hidden = context().hidden_size, most = sample_rows();
     const int64_t count = row_index.defined() ? row_index.numel() : rows.size(0);
@@ -67,7 +71,9 @@ class LshCodec final : public CpuCodec, public LshInternals {
   }
 
   bool refresh(Communicator& comm) override {
-    if (!learned_ || !fit_is_due(++refreshes_)) return false;
+    if (!learned_) return false;
+    const std::unique_lock lock(mutex_);
+    if (!fit_is_due(++refreshes_)) return false;
     const auto start = std::chrono::steady_clock::now();
     const Traffic before = comm.traffic(Purpose::codec_state);
     constexpr int kRoot = 0;
@@ -113,7 +119,10 @@ class LshCodec final : public CpuCodec, public LshInternals {
     return size > 0;
   }
 
-  [[nodiscard]] LearnedStates learned_states() const override { return {current_, previous_}; }
+  [[nodiscard]] LearnedStates learned_states() const override {
+    const std::shared_lock lock(mutex_);
+    return {current_, previous_};
+  }
   [[nodiscard]] SharedPart shared_part(const ParcelHeader& header,
                                        std::span<const std::uint8_t> shared) const override {
     Shared read = read_shared({header, shared, {}}, nullptr);
@@ -121,6 +130,7 @@ class LshCodec final : public CpuCodec, public LshInternals {
   }
 
   [[nodiscard]] StateStats state_stats() const override {
+    const std::shared_lock lock(mutex_);
     StateStats stats = state_stats_;
     stats.memory_bytes = static_cast<int64_t>(sample_.capacity() * sizeof(T));
     for (const auto& state : {current_, previous_}) {
@@ -138,7 +148,9 @@ class LshCodec final : public CpuCodec, public LshInternals {
   std::vector<float> projection_;  // [hidden, projection]; empty where all rows go whole
   kernels::PackedMatrix packed_projection_;
 
-  // state=learned. Parcels of the former version may still be on their way to decode.
+  // What follows is of state=learned; encode and decode read it, observe and refresh change it.
+  mutable std::shared_mutex mutex_;
+  // Parcels of the former version may still be on their way to decode.
   std::shared_ptr<const LearnedState> current_, previous_;
   std::vector<T> sample_;  // [rows, hidden]
   int64_t observed_ = 0;   // rows that the sample was taken from
@@ -245,6 +257,7 @@ class LshCodec final : public CpuCodec, public LshInternals {
 
   Encoded do_encode(const Source& source,
                     const std::vector<int64_t>& rows_per_group) const override {
+    const std::shared_lock lock(mutex_);
     const int64_t hidden = context().hidden_size;
     const RowsView<T> all{static_cast<const T*>(source.data), source.index, 0, source.rows, hidden};
     Encoded encoded;
@@ -642,6 +655,7 @@ class LshCodec final : public CpuCodec, public LshInternals {
   // decode ---------------------------------------------------------------------------------------
 
   void do_decode(const Parcel& parcel, const Sink& sink) const override {
+    const std::shared_lock lock(mutex_);
     const ParcelHeader& header = parcel.header;
     const int64_t hidden = context().hidden_size;
     const auto n = static_cast<std::size_t>(header.rows);

@@ -64,7 +64,8 @@ Dispatcher::~Dispatcher() = default;
 
 Dispatched Dispatcher::dispatch(const at::Tensor& x, const at::Tensor& topk_ids,
                                 const at::Tensor& topk_weights) const {
-  const auto exchange = c10::make_intrusive<Exchange>(impl_->context);
+  const auto exchange =
+      c10::make_intrusive<Exchange>(impl_->context, std::make_shared<ExchangeStats>());
   if (impl_->context->restores_at_source())
     return dispatch_centroids(x, topk_ids, topk_weights, exchange);
   Dispatched d;

@@ -92,6 +92,9 @@ class Dispatcher {
  public:
   /// Copies the groups' pointers. Local. Throws InvalidArgument.
   Dispatcher(DispatcherOptions options, const ExpertGroups& groups);
+/// Thread-safe: where the expert group has one rank, threads may dispatch and combine beside each
+/// other. In a group of several ranks a thread that comes while another is in a collective is
+/// refused (InvalidArgument, see Communicator).
   ~Dispatcher();
 
   /// Sends each token once to each rank that holds one of its experts. Collective over

@@ -68,18 +68,15 @@ std::vector<int64_t> sum_of(std::vector<int64_t> a, const std::vector<int64_t>& 
   return a;
 }
 
-/// At least `bytes` bytes of uninitialised memory in `buffer`.
-std::byte* reserve(at::Tensor& buffer, std::int64_t bytes,
-                   const at::TensorOptions& options = at::kByte) {
-  if (!buffer.defined() || buffer.numel() < bytes) buffer = at::empty({bytes}, options);
+std::byte* data_of(const at::Tensor& buffer) {
   return static_cast<std::byte*>(buffer.mutable_data_ptr());
 }
 
-/// The same for bytes that peers announced, which may be more than there is memory for.
-std::byte* reserve_announced(at::Tensor& buffer, std::int64_t bytes, const std::string& comm,
-                             const at::TensorOptions& options = at::kByte) {
+/// make(bytes), a tensor for bytes that peers announced: they may be more than there is memory for.
+template <class Make>
+at::Tensor room_for_announced(std::int64_t bytes, const std::string& comm, Make make) {
   try {
-    return reserve(buffer, bytes, options);
+    return make(bytes);
   } catch (const c10::Error&) {
     throw CommError(detail::message("the ranks of '", comm, "' announce ", bytes,
                                     " bytes, which this machine has no memory for: send fewer "
@@ -147,6 +144,27 @@ ExchangeContext::ExchangeContext(DispatcherOptions o, std::shared_ptr<Communicat
 }
 
 Codec& ExchangeContext::codec(Direction direction, const at::Tensor& rows) {
+at::Tensor ByteBuffers::take(int64_t bytes) {
+  const std::lock_guard lock(mutex_);
+  // The smallest that is large enough, else the largest.
+  at::Tensor* best = nullptr;
+  const auto size = [](const at::Tensor& buffer) { return buffer.defined() ? buffer.numel() : 0; };
+  for (at::Tensor& buffer : kept_) {
+    if (buffer.defined() && (buffer.use_count() > 1 || buffer.storage().use_count() > 1)) continue;
+    const bool fits = size(buffer) >= bytes, best_fits = best != nullptr && size(*best) >= bytes;
+    if (best == nullptr || (fits && !best_fits) ||
+        (fits == best_fits && fits == (size(buffer) < size(*best)))) {
+      best = &buffer;
+    }
+  }
+  if (best == nullptr) best = &kept_.emplace_back();
+  if (!best->defined() || best->numel() < bytes) {
+    best->reset();  // first, so that the two are never held together
+    *best = at::empty({bytes}, at::kByte);
+  }
+  return *best;
+}
+
   const std::lock_guard lock(mutex_);
   const at::ScalarType dtype = rows.scalar_type();
   auto& codec = codecs_[{direction, dtype, rows.device().type()}];
@@ -219,9 +237,12 @@ struct Exchange::Bytes {
 };
 
 Exchange::Exchange(std::shared_ptr<ExchangeContext> context,
-                   std::shared_ptr<ExchangeStats> forward_stats)
-    : stats(forward_stats ? std::move(forward_stats) : std::make_shared<ExchangeStats>()),
-      context_(std::move(context)) {}
+                   std::shared_ptr<ExchangeStats> forward_stats, bool has_backward)
+    : requires_grad(has_backward), stats(std::move(forward_stats)), context_(std::move(context)) {}
+
+c10::intrusive_ptr<Exchange> Exchange::for_call(bool has_backward) const {
+  return c10::make_intrusive<Exchange>(context_, stats, has_backward);
+}
 
 RowsIn Exchange::swap(const RowsOut& out) {
   ExchangeContext& c = *context_;
@@ -229,7 +250,8 @@ RowsIn Exchange::swap(const RowsOut& out) {
   const int64_t ranks = c.ranks(), own = comm.rank(), hidden = c.options.hidden_size();
   const auto groups = static_cast<int64_t>(out.rows_per_group.size()) / ranks;
   LSHMOE_ASSERT(groups >= 1 && groups * ranks == static_cast<int64_t>(out.rows_per_group.size()));
-  DirectionStats& s = (*stats)[out.direction];
+  DirectionStats unread;
+  DirectionStats& s = stats ? (*stats)[out.direction] : unread;
   const auto group_range = [&](int64_t rank) {
     return std::pair(rank * groups, (rank + 1) * groups);
   };
@@ -336,7 +358,9 @@ RowsIn Exchange::swap(const RowsOut& out) {
     peers = headers;
   }
 
+  std::optional<Communicator::Turn> turn;
   for (int64_t r = 0; r < ranks; ++r) {
+    turn.emplace(comm);  // for sizes and rows
     CallHeader header;
     std::memcpy(&header, peers.data() + static_cast<std::size_t>(r) * header_bytes, sizeof header);
     throw_if_abandoned(mine, header, c.name_of_rank(r));
@@ -395,25 +419,25 @@ RowsIn Exchange::swap(const RowsOut& out) {
   }
 
   if (out.rows.is_cpu()) {
-    send_from_host(out, encoded->bytes, bytes, in);
+    send_from_host(out, encoded->bytes, bytes, in, s.exchange_time);
   } else {
-    send_from_gpu(out, encoded->bytes, bytes, in);
+    send_from_gpu(out, encoded->bytes, bytes, in, s.exchange_time);
   }
   return in;
 }
 
 // Attachments and parcels, rank after rank; without attachments the parcels are that already.
 void Exchange::send_from_host(const RowsOut& out, const at::Tensor& parcels, const Bytes& bytes,
-                              RowsIn& in) {
+                              RowsIn& in, PhaseTimer& exchange_time) {
   ExchangeContext& c = *context_;
   const std::vector<int64_t> send_bytes = sum_of(bytes.attachments_out, bytes.parcels_out),
                              receive_bytes = sum_of(bytes.attachments_in, bytes.parcels_in);
   const void* send = parcels.const_data_ptr();
   at::Tensor send_buffer = parcels;
   if (out.attachment.defined()) {
-    std::byte* to = reserve(c.send_, total(send_bytes));
+    send_buffer = c.buffers_.take(total(send_bytes));
+    std::byte* to = data_of(send_buffer);
     send = to;
-    send_buffer = c.send_;
     const auto* attachment = static_cast<const std::byte*>(out.attachment.const_data_ptr());
     const auto* parcel = static_cast<const std::byte*>(parcels.const_data_ptr());
     for (std::size_t i = 0; i < send_bytes.size(); ++i) {
@@ -428,12 +452,13 @@ void Exchange::send_from_host(const RowsOut& out, const at::Tensor& parcels, con
   }
   if (c.ranks() > 1) {
     RECORD_FUNCTION("lshmoe::all_to_all", std::vector<c10::IValue>{});
-    const PhaseTimer::Span span((*stats)[out.direction].exchange_time, out.rows.device());
-    std::byte* receive = reserve_announced(c.receive_, total(receive_bytes), c.comm->name());
+    const PhaseTimer::Span span(exchange_time, out.rows.device());
+    in.bytes = room_for_announced(total(receive_bytes), c.comm->name(),
+                                  [&c](int64_t size) { return c.buffers_.take(size); });
     keep_buffer_on_error(send_buffer, [&] {
-      c.comm->all_to_all_v(send, send_bytes, receive, receive_bytes, purpose_of(out.direction));
+      c.comm->all_to_all_v(send, send_bytes, data_of(in.bytes), receive_bytes,
+                           purpose_of(out.direction));
     });
-    in.bytes = c.receive_;
   } else {
     in.bytes = send_buffer;
   }
@@ -447,31 +472,32 @@ void Exchange::send_from_host(const RowsOut& out, const at::Tensor& parcels, con
 }
 
 void Exchange::send_from_gpu(const RowsOut& out, const at::Tensor& parcels, const Bytes& bytes,
-                             RowsIn& in) {
+                             RowsIn& in, PhaseTimer& exchange_time) {
   ExchangeContext& c = *context_;
   in.attachments = out.attachment;
   in.bytes = parcels;
   if (c.ranks() > 1) {
     RECORD_FUNCTION("lshmoe::all_to_all", std::vector<c10::IValue>{});
-    const PhaseTimer::Span span((*stats)[out.direction].exchange_time, out.rows.device());
+    const PhaseTimer::Span span(exchange_time, out.rows.device());
+    const auto fresh = [](const at::TensorOptions& options) {
+      return [options](int64_t size) { return at::empty({size}, options); };
+    };
     const Purpose purpose = purpose_of(out.direction);
     if (out.attachment.defined()) {
       at::Tensor send = out.attachment;
-      in.attachments = at::Tensor();
-      std::byte* receive =
-          reserve_announced(in.attachments, total(bytes.attachments_in), c.comm->name());
+      in.attachments =
+          room_for_announced(total(bytes.attachments_in), c.comm->name(), fresh(at::kByte));
       keep_buffer_on_error(send, [&] {
-        c.comm->all_to_all_v(send.const_data_ptr(), bytes.attachments_out, receive,
+        c.comm->all_to_all_v(send.const_data_ptr(), bytes.attachments_out, data_of(in.attachments),
                              bytes.attachments_in, purpose);
       });
     }
     // Fresh memory of the current stream, as all that reads it: the allocator orders its reuse.
-    in.bytes = at::Tensor();
-    std::byte* receive =
-        reserve_announced(in.bytes, total(bytes.parcels_in), c.comm->name(), parcels.options());
+    in.bytes =
+        room_for_announced(total(bytes.parcels_in), c.comm->name(), fresh(parcels.options()));
     const c10::DeviceGuard on_device(parcels.device());
-    c.comm->all_to_all_v(parcels.const_data_ptr(), bytes.parcels_out, receive, bytes.parcels_in,
-                         purpose, current_stream(parcels.device()));
+    c.comm->all_to_all_v(parcels.const_data_ptr(), bytes.parcels_out, data_of(in.bytes),
+                         bytes.parcels_in, purpose, current_stream(parcels.device()));
   }
   const auto* attachments = in.attachments.defined()
                                 ? static_cast<const std::byte*>(in.attachments.const_data_ptr())
@@ -488,7 +514,8 @@ void Exchange::send_from_gpu(const RowsOut& out, const at::Tensor& parcels, cons
 
 void Exchange::unpack(const RowsIn& in, at::Tensor& out, const at::Tensor& index) {
   RECORD_FUNCTION("lshmoe::decode", std::vector<c10::IValue>{});
-  const PhaseTimer::Span span((*stats)[in.direction].codec_time, out.device());
+  PhaseTimer unread;
+  const PhaseTimer::Span span(stats ? (*stats)[in.direction].codec_time : unread, out.device());
   const Codec& codec = context_->codec(in.direction, out);
   if (in.own_index.defined()) {
     const auto groups = static_cast<int64_t>(in.rows_per_group.size()) / context_->ranks();

@@ -24,8 +24,22 @@
 
 namespace lshmoe {
 
+/// Byte buffers in host memory that are kept from call to call: fresh memory costs more than the
+/// copies into it. Thread-safe.
+class ByteBuffers {
+ public:
+  /// uint8, `bytes` at least, not initialised. It is given to nobody else as long as a tensor
+  /// refers to its memory.
+  [[nodiscard]] at::Tensor take(int64_t bytes);
+
+ private:
+  std::mutex mutex_;
+  std::vector<at::Tensor> kept_;
+};
+
 /// What the forwards of one Dispatcher share: options, ranks, codecs (made once per dtype and
-/// device of rows) and byte buffers. One exchange at a time.
+/// device of rows) and byte buffers. Thread-safe, but see Communicator about groups of several
+/// ranks.
 class ExchangeContext {
  public:
   /// Throws InvalidArgument for options that do not fit each other or the communicator.
@@ -51,8 +65,7 @@ class ExchangeContext {
   friend class Exchange;
   std::mutex mutex_;
   std::map<std::tuple<Direction, at::ScalarType, at::DeviceType>, std::shared_ptr<Codec>> codecs_;
-  // Kept from call to call: fresh memory costs more than the copies into it.
-  at::Tensor send_, receive_;
+  ByteBuffers buffers_;
   std::optional<at::Stream> exchange_stream_;  // made when first asked for
 };
 
@@ -80,7 +93,7 @@ struct RowsOut {
   int64_t top_k = 0;
 };
 
-/// Rows that came, still coded. Valid until the next swap() of the same context.
+/// Rows that came, still coded. Owns what it points into.
 struct RowsIn {
   std::vector<int64_t> rows_per_group;                 ///< [ranks * groups]
   std::vector<int64_t> assignments;                    ///< [ranks]
@@ -95,12 +108,17 @@ struct RowsIn {
   at::Tensor own_rows, own_index;  ///< rows that stay, picked by own_index; without codec_on_self
 };
 
-/// One forward and its backward: its statistics, and the exchanges themselves.
+/// One forward and its backward: its statistics, and the exchanges themselves. Several threads may
+/// use one that counts nothing.
 class Exchange : public torch::CustomClassHolder {
  public:
-  /// `stats`: those of the forward this exchange belongs to; null: a new forward's.
+  /// `stats`: those of the forward that this belongs to; null: nobody asks. requires_grad: this
+  /// forward has a backward; the ranks check that they agree, or some would never enter its
+  /// exchanges.
   explicit Exchange(std::shared_ptr<ExchangeContext> context,
-                    std::shared_ptr<ExchangeStats> stats = nullptr);
+                    std::shared_ptr<ExchangeStats> stats = nullptr, bool requires_grad = false);
+  /// The same for a call of an op whose inputs do, or do not, require gradients.
+  [[nodiscard]] c10::intrusive_ptr<Exchange> for_call(bool requires_grad) const;
 
   /// Encodes and swaps rows: sizes by one fixed all-to-all, everything in it checked against this
   /// rank's own values and against what is possible before anything is allocated, then one
@@ -116,16 +134,15 @@ class Exchange : public torch::CustomClassHolder {
 
   [[nodiscard]] ExchangeContext& context() const { return *context_; }
 
-  /// Whether this forward has a backward; the ranks check that they agree, or some would never
-  /// enter its exchanges. Set by the ops' autograd part.
-  bool requires_grad = false;
+  const bool requires_grad;
   const std::shared_ptr<ExchangeStats> stats;
 
  private:
   struct Bytes;  // to and from each rank
-  void send_from_host(const RowsOut& out, const at::Tensor& parcels, const Bytes& bytes,
-                      RowsIn& in);
-  void send_from_gpu(const RowsOut& out, const at::Tensor& parcels, const Bytes& bytes, RowsIn& in);
+  void send_from_host(const RowsOut& out, const at::Tensor& parcels, const Bytes& bytes, RowsIn& in,
+                      PhaseTimer& exchange_time);
+  void send_from_gpu(const RowsOut& out, const at::Tensor& parcels, const Bytes& bytes, RowsIn& in,
+                     PhaseTimer& exchange_time);
   void decode(const Codec& codec, const RowsIn& in, at::Tensor& out, const at::Tensor& index,
               bool whole) const;
 

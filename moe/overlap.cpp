@@ -293,11 +293,9 @@ at::Tensor overlapped_experts(const at::Tensor& x, const at::Tensor& topk_ids,
     Chunk& chunk = state->chunks.emplace_back();
     chunk.first = x.size(0) * c / degree;
     chunk.tokens = x.size(0) * (c + 1) / degree - chunk.first;
-    chunk.dispatch = c10::make_intrusive<Exchange>(context, stats);
-    chunk.dispatch->requires_grad = state->input_gradients;
-    chunk.combine = c10::make_intrusive<Exchange>(context, stats);
-    chunk.combine->requires_grad =
-        recorded && (state->input_gradients || weights.w1.requires_grad());
+    chunk.dispatch = c10::make_intrusive<Exchange>(context, stats, state->input_gradients);
+    chunk.combine = c10::make_intrusive<Exchange>(
+        context, stats, recorded && (state->input_gradients || weights.w1.requires_grad()));
   }
   const auto optional = [](const at::Tensor& tensor) {
     return tensor.defined() ? std::optional(tensor) : std::nullopt;

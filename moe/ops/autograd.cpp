@@ -65,8 +65,8 @@ class DispatchFunction : public torch::autograd::Function<DispatchFunction> {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> dispatch_autograd(
     const at::Tensor& x, const at::Tensor& topk_weights, const at::Tensor& topk_ids,
     const ExchangePtr& exchange) {
-  exchange->requires_grad = records({&x, &topk_weights});
-  const auto out = DispatchFunction::apply(x, topk_weights, topk_ids, exchange);
+  const auto out = DispatchFunction::apply(x, topk_weights, topk_ids,
+                                           exchange->for_call(records({&x, &topk_weights})));
   return {out[0], out[1], out[2], {out.begin() + 3, out.end()}};
 }
 
@@ -99,8 +99,8 @@ class CombineFunction : public torch::autograd::Function<CombineFunction> {
 
 at::Tensor combine_autograd(const at::Tensor& expert_output, const at::Tensor& row_weights,
                             at::TensorList plan, const ExchangePtr& exchange) {
-  exchange->requires_grad = records({&expert_output, &row_weights});
-  return CombineFunction::apply(expert_output, row_weights, plan.vec(), exchange);
+  return CombineFunction::apply(expert_output, row_weights, plan.vec(),
+                                exchange->for_call(records({&expert_output, &row_weights})));
 }
 
 class SwapRowsFunction : public torch::autograd::Function<SwapRowsFunction> {
@@ -149,9 +149,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swap_rows_autograd(
     const at::Tensor& rows, const at::Tensor& link, const at::Tensor& rows_per_group,
     const at::Tensor& routed_rows, const at::Tensor& expected_rows, const at::Tensor& parcels,
     const at::Tensor& parcel_bytes, int64_t direction, const ExchangePtr& exchange) {
-  exchange->requires_grad = records({&rows, &link});
-  const auto out = SwapRowsFunction::apply(rows, link, rows_per_group, routed_rows, expected_rows,
-                                           parcels, parcel_bytes, direction, exchange);
+  const auto out =
+      SwapRowsFunction::apply(rows, link, rows_per_group, routed_rows, expected_rows, parcels,
+                              parcel_bytes, direction, exchange->for_call(records({&rows, &link})));
   return {out[0], out[1], out[2], out[3]};
 }
 

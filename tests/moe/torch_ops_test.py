@@ -1,6 +1,7 @@
 """The ops from Python: torch.ops.load_library(liblshmoe.so), then torch.ops.lshmoe.*"""
 
 import sys
+import threading
 import unittest
 
 import torch
@@ -67,6 +68,32 @@ class TorchOps(unittest.TestCase):
         plan[9] = plan[9] + 100
         with self.assertRaisesRegex(RuntimeError, "plan"):
             OPS.combine(rows, row_weights, plan, exchange)
+
+    def test_one_exchange_in_several_threads(self):
+        for kind, on_self in (("none", False), ("none", True), ("int8", True), ("lsh", True)):
+            exchange = torch.classes.lshmoe.Exchange(64, 8, kind, 0.05, on_self)
+            wrong, errors = [], []
+
+            def work(seed, exchange=exchange, wrong=wrong, errors=errors):
+                generator = torch.Generator().manual_seed(seed)
+                try:
+                    for call in range(60):
+                        tokens = int(torch.randint(1, 400, (1,), generator=generator))
+                        x = torch.randn(tokens, 64, generator=generator)
+                        ids = torch.arange(tokens).remainder(8).unsqueeze(1)
+                        rows, weights, _, plan = OPS.dispatch(x, torch.ones(tokens, 1), ids, exchange)
+                        y = OPS.combine(rows, weights, plan, exchange)
+                        if not (y - x).norm() <= 0.12 * x.norm():
+                            wrong.append((seed, call))
+                except RuntimeError as error:
+                    errors.append(str(error))
+
+            threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            self.assertEqual((wrong, errors), ([], []), (kind, on_self))
 
     def test_errors_have_texts(self):
         with self.assertRaisesRegex(RuntimeError, "not divisible|num_experts"):
