@@ -51,6 +51,12 @@ void check_rows_per_group(const std::vector<int64_t>& rows_per_group, int64_t ro
 }
 }  // namespace
 
+std::string name_of_layer(int64_t layer) {
+  return layer < kDrawnLayers
+             ? detail::message("layer ", layer)
+             : detail::message("layer ", layer - kDrawnLayers, " of those without a number");
+}
+
 std::string_view name_of(Direction direction) {
   switch (direction) {
     case Direction::dispatch:
@@ -178,7 +184,7 @@ Codec::Codec(CodecOptions options, CodecContext context)
 NonFiniteRow::NonFiniteRow(const Codec& codec, int64_t row_of_x)
     : InvalidArgument(detail::message(
           "encode: row ", row_of_x, " holds NaN or Inf (", name_of(codec.context().direction),
-          " of layer ", codec.context().layer, "; kind ", codec.options().kind(),
+          " of ", name_of_layer(codec.context().layer), "; kind ", codec.options().kind(),
           " has no code for them): find where it comes from, or use kind bf16 or none, which pass "
           "it on")),
       row(row_of_x) {}

@@ -89,6 +89,11 @@ struct CodecOptions {
   TORCH_ARG(uint64_t, seed) = 0;
 };
 
+/// Layers that were given no number draw one from here on (moe/layer_number.hpp).
+inline constexpr int64_t kDrawnLayers = int64_t{1} << 31;
+/// "layer 3", or "layer 3 of those without a number"; for error texts.
+[[nodiscard]] std::string name_of_layer(int64_t layer);
+
 /// Where a codec stands: rows of `hidden_size` elements of `dtype` in layer number `layer`, in the
 /// memory of `device` (the CPU, or a GPU; a GPU without index: the tensors' own).
 struct CodecContext {

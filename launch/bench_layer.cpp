@@ -132,6 +132,7 @@ class Bench {
   /// aux_loss_scope "": without an aux loss.
   [[nodiscard]] MoELayer make_layer(bool compressed, const string& aux_loss_scope = "") const {
     MoELayerOptions options(o_.hidden_size, o_.ffn_hidden_size, o_.num_experts);
+    options.layer(0);  // all have the same weights
     options.top_k(o_.top_k).codec_on_self(o_.codec_on_self);
     if (!aux_loss_scope.empty()) options.aux_loss_coeff(0.01).aux_loss_scope(aux_loss_scope);
     if (compressed) {

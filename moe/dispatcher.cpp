@@ -1,6 +1,7 @@
 #include "lshmoe/moe/dispatcher.hpp"
 
 #include "lshmoe/moe/exchange.hpp"
+#include "lshmoe/moe/layer_number.hpp"
 #include "lshmoe/moe/ops/ops.hpp"
 #include "lshmoe/moe/source.hpp"
 #include "lshmoe/runtime/error.hpp"
@@ -39,8 +40,7 @@ void validate(const DispatcherOptions& o, int ep_size) {
                   " (each rank holds the same number of experts): change one of them");
   LSHMOE_VALIDATE(o.alignment() >= 1 && o.alignment() <= 1 << 20, "alignment is ", o.alignment(),
                   " (must be 1 to 2^20)");
-  LSHMOE_VALIDATE(o.layer() >= 0 && o.layer() < int64_t{1} << 31, "layer is ", o.layer(),
-                  " (must be 0 or positive)");
+  validate_layer_number(o.layer());
   const auto source = [&](Direction direction) { return sends_centroids(o.codec(direction)); };
   for (const Direction direction : {Direction::dispatch, Direction::combine,
                                     Direction::combine_backward, Direction::dispatch_backward}) {

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "lshmoe/comm/groups.hpp"
@@ -52,8 +53,11 @@ struct DispatcherOptions {
   TORCH_ARG(int64_t, num_experts);
   /// Each expert's block of rows is padded with zero rows to a multiple of this.
   TORCH_ARG(int64_t, alignment) = 1;
-  /// Number of this layer in the model: separates the codecs' random streams.
-  TORCH_ARG(int64_t, layer) = 0;
+  /// Number of this layer in the model: separates the codecs' random streams. Unset: one of its
+  /// own, drawn when it is made; see layer_number(). A number may repeat: apart from it each
+  /// Dispatcher is known by its place among those made on its group, so every rank must make and
+  /// call them in the same order.
+  TORCH_ARG(std::optional<int64_t>, layer) = std::nullopt;
   /// Rows for the own rank pass the codec too (study; bit-equality across layouts).
   TORCH_ARG(bool, codec_on_self) = false;
 
@@ -88,14 +92,17 @@ struct Dispatched {
   std::vector<at::Tensor> plan;  ///< opaque: tensors that describe the way back
 };
 
+/// Thread-safe: where the expert group has one rank, threads may dispatch and combine beside each
+/// other. In a group of several ranks a thread that comes while another is in a collective is
+/// refused (InvalidArgument, see Communicator).
 class Dispatcher {
  public:
   /// Copies the groups' pointers. Local. Throws InvalidArgument.
   Dispatcher(DispatcherOptions options, const ExpertGroups& groups);
-/// Thread-safe: where the expert group has one rank, threads may dispatch and combine beside each
-/// other. In a group of several ranks a thread that comes while another is in a collective is
-/// refused (InvalidArgument, see Communicator).
   ~Dispatcher();
+  /// Another one with the same settings is made from options().
+  Dispatcher(const Dispatcher&) = delete;
+  Dispatcher& operator=(const Dispatcher&) = delete;
 
   /// Sends each token once to each rank that holds one of its experts. Collective over
   /// groups.expert, and so is its backward; differentiable in x and topk_weights.

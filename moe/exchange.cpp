@@ -9,6 +9,7 @@
 
 #include "lshmoe/comm/keep_buffer.hpp"
 #include "lshmoe/moe/device_rows.hpp"
+#include "lshmoe/moe/layer_number.hpp"
 #include "lshmoe/runtime/abandon.hpp"
 #include "lshmoe/runtime/error.hpp"
 
@@ -18,11 +19,12 @@ namespace {
 /// First part of what every rank tells every other before an exchange; behind it {rows, parcel
 /// bytes} of each group. Trivially copyable: it travels as it lies in memory.
 struct CallHeader {
-  std::uint8_t version = 1;
+  std::uint8_t version = 2;
   std::uint8_t direction = 0;
   std::uint8_t dtype = 0;  // and kOnGpu
   std::uint8_t flags = 0;
-  std::int32_t layer = 0;
+  std::int32_t object = 0;
+  std::int64_t layer = 0;
   std::int32_t hidden_size = 0;
   std::int32_t num_experts = 0;
   std::int32_t top_k = 0;
@@ -30,7 +32,7 @@ struct CallHeader {
   std::int64_t assignments = 0;
   std::int64_t attachment_bytes = 0;
 };
-static_assert(sizeof(CallHeader) == 40 && std::is_trivially_copyable_v<CallHeader>);
+static_assert(sizeof(CallHeader) == 48 && std::is_trivially_copyable_v<CallHeader>);
 
 constexpr std::uint8_t kOnGpu = 0x80;
 
@@ -99,14 +101,19 @@ void check_call(const CallHeader& mine, const CallHeader& theirs, const std::str
     if (here == there) return;
     throw CommError(detail::message(
         peer, " disagrees about the ", what, " of an exchange (", there, " there, ", here,
-        " here): run the same model, options and sequence of layers on every rank"));
+        " here): make and run the same layers, with the same options, in the same order on every "
+        "rank"));
   };
   const auto direction = [](std::uint8_t d) {
     return d < 4 ? std::string(name_of(static_cast<Direction>(d))) : "damaged";
   };
   check("format", +mine.version, +theirs.version);
   check("direction", direction(mine.direction), direction(theirs.direction));
-  check("layer", mine.layer, theirs.layer);
+  const auto layer = [](const CallHeader& header) {
+    return detail::message(name_of_layer(header.layer), ", object ", header.object,
+                           " of the group");
+  };
+  check("layer", layer(mine), layer(theirs));
   const auto dtype = [](std::uint8_t d) {
     return at::toString(static_cast<at::ScalarType>(d & ~kOnGpu));
   };
@@ -124,8 +131,8 @@ void check_call(const CallHeader& mine, const CallHeader& theirs, const std::str
 /// Before all other checks: who abandons a step announces nothing else that fits.
 void throw_if_abandoned(const CallHeader& mine, const CallHeader& theirs, const std::string& peer) {
   if (theirs.version != mine.version || (theirs.flags & (kStop | kNotFinite)) == 0) return;
-  const std::string where =
-      detail::message(name_of(static_cast<Direction>(mine.direction)), " of layer ", mine.layer);
+  const std::string where = detail::message(name_of(static_cast<Direction>(mine.direction)), " of ",
+                                            name_of_layer(mine.layer));
   if ((theirs.flags & kNotFinite) != 0) {
     throw StepAbandoned(StepAbandoned::Reason::not_finite,
                         detail::message("row ", theirs.assignments, " of what ", peer, " sends in ",
@@ -137,13 +144,6 @@ void throw_if_abandoned(const CallHeader& mine, const CallHeader& theirs, const 
 
 }  // namespace
 
-ExchangeContext::ExchangeContext(DispatcherOptions o, std::shared_ptr<Communicator> communicator)
-    : options(std::move(o)), comm(std::move(communicator)) {
-  LSHMOE_VALIDATE(comm != nullptr, "the expert group is null: make it by make_expert_groups()");
-  validate(options, comm->size());
-}
-
-Codec& ExchangeContext::codec(Direction direction, const at::Tensor& rows) {
 at::Tensor ByteBuffers::take(int64_t bytes) {
   const std::lock_guard lock(mutex_);
   // The smallest that is large enough, else the largest.
@@ -165,12 +165,22 @@ at::Tensor ByteBuffers::take(int64_t bytes) {
   return *best;
 }
 
+ExchangeContext::ExchangeContext(DispatcherOptions o, std::shared_ptr<Communicator> communicator)
+    : options(numbered(std::move(o))),
+      comm(std::move(communicator)),
+      object(comm != nullptr ? comm->number_object() : 0) {
+  LSHMOE_VALIDATE(comm != nullptr, "the expert group is null: make it by make_expert_groups()");
+  validate(options, comm->size());
+}
+
+Codec& ExchangeContext::codec(Direction direction, const at::Tensor& rows) {
   const std::lock_guard lock(mutex_);
   const at::ScalarType dtype = rows.scalar_type();
   auto& codec = codecs_[{direction, dtype, rows.device().type()}];
   if (codec == nullptr) {
-    codec = make_codec(options.codec(direction), {options.hidden_size(), options.layer(), direction,
-                                                  dtype, at::Device(rows.device().type())});
+    codec =
+        make_codec(options.codec(direction), {options.hidden_size(), *options.layer(), direction,
+                                              dtype, at::Device(rows.device().type())});
   }
   return *codec;
 }
@@ -312,7 +322,8 @@ RowsIn Exchange::swap(const RowsOut& out) {
   mine.flags = static_cast<std::uint8_t>((requires_grad ? kRequiresGrad : 0) |
                                          (abandon_requested() ? kStop : 0) |
                                          (non_finite_row < 0 ? 0 : kNotFinite));
-  mine.layer = static_cast<std::int32_t>(c.options.layer());
+  mine.object = static_cast<std::int32_t>(c.object);
+  mine.layer = *c.options.layer();
   mine.hidden_size = static_cast<std::int32_t>(hidden);
   mine.num_experts = static_cast<std::int32_t>(c.options.num_experts());
   mine.top_k = static_cast<std::int32_t>(out.top_k);
@@ -347,7 +358,9 @@ RowsIn Exchange::swap(const RowsOut& out) {
     }
   }
   std::vector<std::byte> peers;
+  std::optional<Communicator::Turn> turn;
   if (ranks > 1) {
+    turn.emplace(comm);  // for sizes and rows
     RECORD_FUNCTION("lshmoe::all_to_all", std::vector<c10::IValue>{});
     const PhaseTimer::Span span(s.exchange_time, out.rows.device());
     peers.resize(headers.size());
@@ -358,9 +371,7 @@ RowsIn Exchange::swap(const RowsOut& out) {
     peers = headers;
   }
 
-  std::optional<Communicator::Turn> turn;
   for (int64_t r = 0; r < ranks; ++r) {
-    turn.emplace(comm);  // for sizes and rows
     CallHeader header;
     std::memcpy(&header, peers.data() + static_cast<std::size_t>(r) * header_bytes, sizeof header);
     throw_if_abandoned(mine, header, c.name_of_rank(r));

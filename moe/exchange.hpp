@@ -60,6 +60,8 @@ class ExchangeContext {
 
   const DispatcherOptions options;
   const std::shared_ptr<Communicator> comm;
+  /// Its place among those made on `comm`, from 1: ranks that call two in different orders notice.
+  const int64_t object;
 
  private:
   friend class Exchange;

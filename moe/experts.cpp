@@ -7,6 +7,7 @@
 
 #include "lshmoe/moe/check_sizes.hpp"
 #include "lshmoe/moe/first_order.hpp"
+#include "lshmoe/moe/layer_number.hpp"
 #include "lshmoe/moe/random.hpp"
 #include "lshmoe/runtime/error.hpp"
 
@@ -60,6 +61,7 @@ class GroupedFfn : public torch::autograd::Function<GroupedFfn> {
 }  // namespace
 
 void validate(const ExpertsOptions& o) {
+  validate_layer_number(o.layer());
   LSHMOE_VALIDATE(o.hidden_size() >= 1, "hidden_size is ", o.hidden_size(),
                   " (must be at least 1)");
   LSHMOE_VALIDATE(o.ffn_hidden_size() >= 1, "ffn_hidden_size is ", o.ffn_hidden_size(),
@@ -70,14 +72,15 @@ void validate(const ExpertsOptions& o) {
   (void)grouped_gemm_named(o.grouped_gemm());
 }
 
-ExpertsImpl::ExpertsImpl(ExpertsOptions experts_options) : options(std::move(experts_options)) {
+ExpertsImpl::ExpertsImpl(ExpertsOptions experts_options)
+    : options(numbered(std::move(experts_options))) {
   validate(options);
   const int64_t local = options.num_local_experts(), hidden = options.hidden_size(),
                 ffn = options.ffn_hidden_size();
   const bool swiglu = activation_named(options.activation()) == Activation::swiglu;
   std::vector<at::Tensor> all_w1, all_b1, all_w2, all_b2, all_w3;
   for (int64_t e = 0; e < local; ++e) {
-    at::Generator stream = make_stream({options.seed(), static_cast<uint64_t>(options.layer()), 1,
+    at::Generator stream = make_stream({options.seed(), static_cast<uint64_t>(*options.layer()), 1,
                                         static_cast<uint64_t>(options.first_expert() + e)});
     all_w1.push_back(uniform_fan_in({ffn, hidden}, hidden, stream));
     all_w2.push_back(uniform_fan_in({hidden, ffn}, ffn, stream));

@@ -4,6 +4,7 @@
 #include <torch/torch.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -27,7 +28,8 @@ struct ExpertsOptions {
   TORCH_ARG(std::string, activation) = "gelu";
   /// auto | loop | grouped: see GroupedGemm.
   TORCH_ARG(std::string, grouped_gemm) = "auto";
-  TORCH_ARG(int64_t, layer) = 0;
+  /// As GateOptions::layer.
+  TORCH_ARG(std::optional<int64_t>, layer) = std::nullopt;
   TORCH_ARG(uint64_t, seed) = 0;
 };
 void validate(const ExpertsOptions& options);

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "lshmoe/moe/check_sizes.hpp"
+#include "lshmoe/moe/layer_number.hpp"
 #include "lshmoe/moe/random.hpp"
 #include "lshmoe/moe/world_load.hpp"
 #include "lshmoe/runtime/error.hpp"
@@ -58,7 +59,7 @@ at::Tensor noise_for(const at::Tensor& logits, const GateOptions& o) {
   const at::Tensor place = at::arange(bits.numel(), bits.options().dtype(at::kLong));
   const auto name = (bits.reshape({-1}).to(at::kLong) * (2 * place + 1)).sum().item<int64_t>();
   at::Generator stream =
-      make_stream({o.seed(), static_cast<uint64_t>(o.layer()), 2, static_cast<uint64_t>(name)});
+      make_stream({o.seed(), static_cast<uint64_t>(*o.layer()), 2, static_cast<uint64_t>(name)});
   return at::randn(logits.sizes(), stream, logits.options().device(at::kCPU)).to(logits.device());
 }
 
@@ -162,6 +163,7 @@ struct GateImpl::Tokens {
 };
 
 void validate(const GateOptions& o) {
+  validate_layer_number(o.layer());
   LSHMOE_VALIDATE(o.hidden_size() >= 1, "hidden_size is ", o.hidden_size(),
                   " (must be at least 1)");
   LSHMOE_VALIDATE(o.num_experts() >= 1, "num_experts is ", o.num_experts(),
@@ -218,7 +220,7 @@ void validate(const GateOptions& o) {
   built_in_only("z_loss_coeff", o.z_loss_coeff() > 0);
 }
 
-GateImpl::GateImpl(GateOptions gate_options) : options(std::move(gate_options)) {
+GateImpl::GateImpl(GateOptions gate_options) : options(numbered(std::move(gate_options))) {
   validate(options);
   if (options.custom_gate()) {
     custom_ = options.custom_gate()();
@@ -226,7 +228,7 @@ GateImpl::GateImpl(GateOptions gate_options) : options(std::move(gate_options)) 
     return;
   }
   at::Generator stream =
-      make_stream({options.seed(), static_cast<uint64_t>(options.layer()), 0, 0});
+      make_stream({options.seed(), static_cast<uint64_t>(*options.layer()), 0, 0});
   weight =
       register_parameter("weight", uniform_fan_in({options.num_experts(), options.hidden_size()},
                                                   options.hidden_size(), stream));

@@ -55,8 +55,9 @@ struct GateOptions {
   TORCH_ARG(double, z_loss_coeff) = 0.0;
   /// sigmoid only: expert_bias += rate * sign(mean load - load) in update_expert_bias().
   TORCH_ARG(double, expert_bias_rate) = 0.0;
-  /// Number of this layer in the model: separates the layers' random streams.
-  TORCH_ARG(int64_t, layer) = 0;
+  /// Number of this layer in the model: separates the layers' random streams. Unset: one of its
+  /// own, drawn when it is made; see layer_number().
+  TORCH_ARG(std::optional<int64_t>, layer) = std::nullopt;
   /// Seed of the initial weights, U(-1/sqrt(hidden), 1/sqrt(hidden)); equal on all ranks.
   TORCH_ARG(uint64_t, seed) = 0;
   /// Makes the router's module in place of the built-in one: forward(Tensor x [tokens, hidden]) ->

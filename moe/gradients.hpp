@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "lshmoe/comm/groups.hpp"
+#include "lshmoe/runtime/error.hpp"
 
 namespace lshmoe {
 

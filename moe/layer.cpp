@@ -5,6 +5,7 @@
 #include <unordered_set>
 
 #include "lshmoe/comm/agreement.hpp"
+#include "lshmoe/moe/layer_number.hpp"
 #include "lshmoe/moe/overlap.hpp"
 #include "lshmoe/moe/world_load.hpp"
 #include "lshmoe/runtime/error.hpp"
@@ -95,7 +96,7 @@ void validate(const MoELayerOptions& o, int ep_size) {
 }
 
 MoELayerImpl::MoELayerImpl(MoELayerOptions layer_options, ExpertGroups groups)
-    : options(std::move(layer_options)), groups_(std::move(groups)) {
+    : options(numbered(std::move(layer_options))), groups_(std::move(groups)) {
   validate(options, groups_.expert->size());
   gate = register_module("gate", Gate(gate_options(options)));
   dispatcher_ = std::make_unique<Dispatcher>(options.dispatcher_options(), groups_);

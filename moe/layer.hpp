@@ -50,8 +50,10 @@ struct MoELayerOptions {
   TORCH_ARG(int64_t, overlap_degree) = 1;
   /// How the experts' products are computed: auto, loop or grouped; see GroupedGemm.
   TORCH_ARG(std::string, grouped_gemm) = "auto";
-  /// Number of this layer in the model: separates random streams of weights and codecs.
-  TORCH_ARG(int64_t, layer) = 0;
+  /// Number of this layer in the model: separates random streams of weights and codecs. Unset: one
+  /// of its own, drawn when the layer is made; see layer_number(). A number may repeat, and gives
+  /// equal weights; the layers stay two (see DispatcherOptions::layer).
+  TORCH_ARG(std::optional<int64_t>, layer) = std::nullopt;
   TORCH_ARG(uint64_t, seed) = 0;
   /// Makes the module of one expert from its global index, in place of the built-in experts:
   /// forward(Tensor [rows, hidden]) -> Tensor [rows, hidden], rows may be 0. Makes it on every rank

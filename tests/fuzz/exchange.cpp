@@ -104,21 +104,21 @@ std::vector<Input> seeds() {
       add(codec, rank, {});
       for (const std::int64_t call : {0, 2, 4, 6}) {
         // Assignments, attachment, rows, bytes.
-        for (const std::int64_t where : {24, 32, 40, 48}) {
+        for (const std::int64_t where : {32, 40, 48, 56}) {
           add(codec, rank, {{call, kAdd, where, -1}});
           add(codec, rank, {{call, kNumber, where, std::int64_t{1} << 40}});
         }
         // Bytes of rows that the rows' own bytes deny.
-        add(codec, rank, {{call, kAdd, 48, 8}, {call + 1, kSize, 0, 200}});
+        add(codec, rank, {{call, kAdd, 56, 8}, {call + 1, kSize, 0, 200}});
         add(codec, rank, {{call + 1, kByte, 0, 1}});
         add(codec, rank, {{call + 1, kByte, 9, 77}});
       }
     }
   }
   // A row less, everywhere; and all that fits into an int64.
-  add(0, 0, {{0, kAdd, 24, -1}, {0, kAdd, 32, -6}, {0, kAdd, 40, -1}, {0, kAdd, 48, -80}});
+  add(0, 0, {{0, kAdd, 32, -1}, {0, kAdd, 40, -6}, {0, kAdd, 48, -1}, {0, kAdd, 56, -80}});
   add(0, 0,
-      {{0, kNumber, 24, 1LL << 32}, {0, kNumber, 32, 6LL << 32}, {0, kNumber, 40, 1LL << 32}});
+      {{0, kNumber, 32, 1LL << 32}, {0, kNumber, 40, 6LL << 32}, {0, kNumber, 48, 1LL << 32}});
   return inputs;
 }
 
@@ -135,7 +135,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   groups.expert = std::make_shared<EchoPeer>(
       [&](int call, Purpose, std::vector<std::byte>& answer) { changes.apply(call, answer); },
       rank);
-  const Dispatcher dispatcher(DispatcherOptions(kHidden, kExperts).codec(codec), groups);
+  const Dispatcher dispatcher(DispatcherOptions(kHidden, kExperts).layer(0).codec(codec), groups);
   // The same tokens for the experts of both ranks.
   const at::Tensor id = at::arange(kTokens) % 2;
   const at::Tensor ids = at::stack({id, id + 2}, 1).contiguous();

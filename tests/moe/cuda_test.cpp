@@ -23,7 +23,7 @@ using testing::world;
 
 constexpr int64_t kHidden = 64, kExperts = 8;
 
-MoELayerOptions small() { return MoELayerOptions(kHidden, 96, kExperts).top_k(2).seed(3); }
+MoELayerOptions small() { return MoELayerOptions(kHidden, 96, kExperts).top_k(2).seed(3).layer(0); }
 
 class CudaLayer : public ::testing::Test {
  protected:
@@ -70,7 +70,7 @@ TEST_F(CudaLayer, AsOnTheCpu) {
       {"sigmoid, top-3", 40, small().score_function("sigmoid").top_k(3)},
       {"no tokens on rank 0", world()->rank() == 0 ? 0 : 33, small()},
       {"no tokens", 0, small()},
-      {"odd sizes", 50, MoELayerOptions(50, 70, kExperts).seed(5)},
+      {"odd sizes", 50, MoELayerOptions(50, 70, kExperts).seed(5).layer(0)},
       {"loop", 75, small().grouped_gemm("loop")},
       {"none", 75, small().codec(codec("none")).codec_on_self(true)},
       {"lossless lsh", 75, small().codec(codec("lsh").max_error(0)).codec_on_self(true)},

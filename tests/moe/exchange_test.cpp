@@ -25,7 +25,7 @@ constexpr int64_t kTokens = 5, kHidden = 40, kExperts = 4;
 void exchange(const CodecOptions& codec, EchoPeer::Tamper tamper) {
   ExpertGroups groups;
   groups.expert = std::make_shared<EchoPeer>(std::move(tamper));
-  const Dispatcher dispatcher(DispatcherOptions(kHidden, kExperts).codec(codec), groups);
+  const Dispatcher dispatcher(DispatcherOptions(kHidden, kExperts).layer(0).codec(codec), groups);
   // The same tokens for the experts of both ranks.
   const at::Tensor id = at::arange(kTokens) % 2;
   const at::Tensor ids = at::stack({id, id + 2}, 1).contiguous();
@@ -48,9 +48,10 @@ std::vector<std::pair<std::string, CodecOptions>> codecs() {
           {"source", CodecOptions().restore("source")}};
 }
 
-// The first collective's answer: u8 version, direction, dtype, backward; i32 layer, hidden size,
-// experts, top_k, groups; i64 assignments, bytes of attachment; for each group i64 rows, bytes.
-constexpr std::size_t kAssignments = 24, kAttachment = 32, kRows = 40, kParcel = 48;
+// The first collective's answer: u8 version, direction, dtype, backward; i32 object; i64 layer; i32
+// hidden size, experts, top_k, groups; i64 assignments, bytes of attachment; for each group i64
+// rows, bytes.
+constexpr std::size_t kAssignments = 32, kAttachment = 40, kRows = 48, kParcel = 56;
 void change(std::vector<std::byte>& answer, std::size_t offset, int64_t value) {
   std::memcpy(answer.data() + offset, &value, sizeof value);
 }

@@ -92,6 +92,7 @@ class GateTest : public ::testing::TestWithParam<std::tuple<const char*, int, in
 TEST_P(GateTest, EqualsTheFormulas) {
   const auto [score, k, normalize] = GetParam();
   GateOptions options = GateOptions(kHidden, kExperts)
+                            .layer(0)
                             .top_k(k)
                             .score_function(score)
                             .aux_loss_coeff(0.7)
@@ -191,7 +192,7 @@ TEST(Gate, BiasUpdateSumsTheLoadOverTheWorld) {
   const at::Tensor before = gate->expert_bias.clone();
   gate->update_expert_bias(*world());  // the load was used up
   EXPECT_TRUE(at::equal(gate->expert_bias, before));
-  Gate softmax(GateOptions(kHidden, kExperts));
+  Gate softmax(GateOptions(kHidden, kExperts).layer(0));
   softmax->update_expert_bias(*world());
   EXPECT_FALSE(softmax->expert_bias.defined());
 }
@@ -255,6 +256,7 @@ TEST_P(CapacityTest, KeepsAtMostCOfEachExpert) {
   const auto [policy, score, factor] = GetParam();
   const int64_t k = 2;
   const GateOptions options = GateOptions(kHidden, kExperts)
+                                  .layer(0)
                                   .top_k(k)
                                   .score_function(score)
                                   .drop_policy(policy)
@@ -383,6 +385,7 @@ class GroupsTest : public ::testing::TestWithParam<std::tuple<const char*, int, 
 TEST_P(GroupsTest, EqualTheFormulas) {
   const auto [score, groups, best, k] = GetParam();
   const GateOptions options = GateOptions(kHidden, kExperts)
+                                  .layer(0)
                                   .top_k(k)
                                   .score_function(score)
                                   .num_groups(groups)
@@ -434,6 +437,7 @@ TEST(Gate, MaskedTokensHaveNoPart) {
       for (const double capacity : {0.0, 0.75}) {
         SCOPED_TRACE(::testing::Message() << score << " " << scope << " " << capacity);
         const GateOptions options = GateOptions(kHidden, kExperts)
+                                        .layer(0)
                                         .top_k(3)
                                         .score_function(score)
                                         .aux_loss_coeff(0.7)
@@ -472,6 +476,7 @@ TEST(Gate, MaskedTokensHaveNoPart) {
 
 TEST(Gate, AuxLossOfSequencesIsTheMeanOverThem) {
   const GateOptions options = GateOptions(kHidden, kExperts)
+                                  .layer(0)
                                   .top_k(2)
                                   .aux_loss_coeff(0.7)
                                   .aux_loss_scope("sequence")
@@ -494,7 +499,7 @@ TEST(Gate, AuxLossOfSequencesIsTheMeanOverThem) {
 }
 
 TEST(Gate, AuxLossTakesALoadOfMoreRanks) {
-  Gate gate(GateOptions(kHidden, kExperts).top_k(2).aux_loss_coeff(0.7).seed(5));
+  Gate gate(GateOptions(kHidden, kExperts).layer(0).top_k(2).aux_loss_coeff(0.7).seed(5));
   gate->to(at::kDouble);
   const at::Tensor a = own_rows(9, 1), b = own_rows(9, 2);
   const GateOutput of_a = gate->forward(a), of_b = gate->forward(b),
@@ -504,7 +509,7 @@ TEST(Gate, AuxLossTakesALoadOfMoreRanks) {
       relative_error((gate->aux_loss(of_a, load) + gate->aux_loss(of_b, load)) / 2, whole.aux_loss),
       1e-13);
   EXPECT_EQ(relative_error(gate->aux_loss(whole, whole.load), whole.aux_loss), 0);
-  Gate without(GateOptions(kHidden, kExperts));
+  Gate without(GateOptions(kHidden, kExperts).layer(0));
   const GateOutput none = without->forward(a);
   expect_error("this gate has no aux loss", [&] { (void)without->aux_loss(none, none.load); });
 }
@@ -515,6 +520,7 @@ TEST(Gate, ReplaysGivenIds) {
       if (score[1] == 'i' && !normalize) continue;
       SCOPED_TRACE(::testing::Message() << score << " " << normalize);
       const GateOptions options = GateOptions(kHidden, kExperts)
+                                      .layer(0)
                                       .top_k(2)
                                       .score_function(score)
                                       .normalize_top_k(normalize)
@@ -550,7 +556,8 @@ TEST(Gate, NoiseIsForTrainingAndRepeats) {
   const auto make = [&](double noise) {
     // All experts, not normalized: differences of the weights' logarithms are those of the logits.
     return logits_gate(
-        GateOptions(1, kMany).top_k(kMany).normalize_top_k(false).logit_noise(noise).seed(3));
+        GateOptions(1, kMany).top_k(kMany).normalize_top_k(false).logit_noise(noise).seed(3).layer(
+            0));
   };
   Gate gate = make(0.5), plain = make(0);
   const at::Tensor x = random_rows(50, kMany, 4, world()->rank()).to(at::kFloat);
@@ -600,8 +607,9 @@ struct SignGate : torch::nn::Module {
 
 TEST(Gate, ACustomGateRoutes) {
   const auto module = std::make_shared<SignGate>();
-  Gate gate(
-      GateOptions(kHidden, kExperts).custom_gate([&] { return torch::nn::AnyModule(module); }));
+  Gate gate(GateOptions(kHidden, kExperts).layer(0).custom_gate([&] {
+    return torch::nn::AnyModule(module);
+  }));
   EXPECT_FALSE(gate->weight.defined());
   EXPECT_EQ(gate->named_parameters().keys(), std::vector<std::string>{"custom.scale"});
   at::Tensor x = at::ones({3, kHidden});
@@ -629,8 +637,9 @@ TEST(Gate, ACustomGateRoutes) {
     GateOutput out;
   };
   const auto returns = std::make_shared<Returns>();
-  Gate wrong(
-      GateOptions(kHidden, kExperts).custom_gate([&] { return torch::nn::AnyModule(returns); }));
+  Gate wrong(GateOptions(kHidden, kExperts).layer(0).custom_gate([&] {
+    return torch::nn::AnyModule(returns);
+  }));
   const auto refused = [&](const std::string& text) {
     expect_error(text, [&] { (void)wrong->forward(at::ones({3, kHidden})); });
   };
@@ -646,7 +655,8 @@ TEST(Gate, ACustomGateRoutes) {
 }
 
 TEST(Gate, RouterStaysInFp32UnderAnyTo) {
-  Gate gate(GateOptions(kHidden, kExperts).score_function("sigmoid").expert_bias_rate(1e-4));
+  Gate gate(
+      GateOptions(kHidden, kExperts).layer(0).score_function("sigmoid").expert_bias_rate(1e-4));
   torch::nn::Sequential model(torch::nn::Linear(kHidden, kHidden), gate);
   const at::Tensor weight = gate->weight, before = gate->weight.detach().clone();
   gate->weight.mutable_grad() = at::ones_like(weight);
@@ -689,7 +699,7 @@ TEST(Gate, RouterStaysInFp32UnderAnyTo) {
 }
 
 TEST(Gate, RefusesParametersOfOtherSizes) {
-  Gate gate(GateOptions(kHidden, kExperts).score_function("sigmoid")),
+  Gate gate(GateOptions(kHidden, kExperts).layer(0).score_function("sigmoid")),
       other(GateOptions(kHidden, 2 * kExperts).score_function("sigmoid"));
   std::stringstream file;
   torch::save(other, file);
@@ -729,6 +739,7 @@ TEST(Gate, CapacityIsThatOfTheNumbersAsWritten) {
 TEST(Gate, NoTokens) {
   for (const char* score : {"softmax", "sigmoid"}) {
     Gate gate(GateOptions(kHidden, kExperts)
+                  .layer(0)
                   .top_k(3)
                   .score_function(score)
                   .aux_loss_coeff(1)

@@ -41,7 +41,9 @@ int64_t tokens_of(int64_t rank) {
 }
 RankInput own_input() { return input_of_rank(world()->rank(), tokens_of(own_rank()), kHidden); }
 
-MoELayerOptions small() { return MoELayerOptions(kHidden, 24, kExperts).top_k(kTopK).seed(6); }
+MoELayerOptions small() {
+  return MoELayerOptions(kHidden, 24, kExperts).top_k(kTopK).seed(6).layer(0);
+}
 CodecOptions lsh(double max_error) { return CodecOptions().max_error(max_error); }
 CodecOptions source(double alpha) { return CodecOptions().restore("source").alpha(alpha); }
 
@@ -392,7 +394,7 @@ TEST(DispatcherCodec, GradientsAreThoseOfTheFormulas) {
   const at::Tensor direction = random_rows(tokens, kHidden, 33, world()->rank());
   for (const bool all_directions : {false, true}) {
     SCOPED_TRACE(all_directions);
-    DispatcherOptions settings(kHidden, kExperts);
+    DispatcherOptions settings = DispatcherOptions(kHidden, kExperts).layer(0);
     all_directions ? settings.codec(options) : settings.codec_dispatch(options);
     const Dispatcher dispatcher(settings, groups);
     const at::Tensor x = own.x.to(at::kFloat).set_requires_grad(true),

@@ -6,9 +6,12 @@
 
 #include <cmath>
 #include <numeric>
+#include <set>
+#include <thread>
 
 #include "lshmoe/comm/self/self.hpp"
 #include "lshmoe/moe/gradients.hpp"
+#include "lshmoe/moe/layer_number.hpp"
 #include "tests/support/errors.hpp"
 #include "tests/support/layer_runs.hpp"
 #include "tests/support/main.hpp"
@@ -498,7 +501,7 @@ TEST(Layer, OverlapChangesNoBit) {
       {"alignment", uneven(2), small().top_k(1).alignment(6).z_loss_coeff(0.1)},
       {"lossless lsh", same_on_all(21), small().codec(whole).codec_on_self(true)},
       {"no tokens", same_on_all(0), small()},
-      {"odd sizes", same_on_all(150), MoELayerOptions(50, 70, 4).seed(5)},
+      {"odd sizes", same_on_all(150), MoELayerOptions(50, 70, 4).seed(5).layer(0)},
   };
   for (const Case& c : cases) {
     for (const at::ScalarType dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
@@ -725,6 +728,86 @@ TEST(Layer, RefusesExpertsThatChangeTheShape) {
                  make_expert_groups(world()));
   expect_error("(must have the same shape)",
                [&] { (void)layer->forward(own_input(5).rows.to(at::kFloat)); });
+}
+
+TEST(LayerNumber, LayersWithoutOneAreNotEqual) {
+  const ExpertGroups groups = make_expert_groups(world());
+  const MoELayerOptions options = MoELayerOptions(16, 32, 8).shared_expert_size(4);
+  const auto equal = [](MoELayer& a, MoELayer& b) {
+    int64_t count = 0;
+    for (const auto& parameter : a->named_parameters())
+      count += at::equal(parameter.value(), b->named_parameters()[parameter.key()]) ? 1 : 0;
+    return count;
+  };
+  MoELayer a(options, groups), b(options, groups);
+  EXPECT_EQ(equal(a, b), 0);
+  EXPECT_EQ(equal(a, a), static_cast<int64_t>(a->parameters().size()));
+  EXPECT_FALSE(at::equal(Gate(GateOptions(4, 4))->weight, Gate(GateOptions(4, 4))->weight));
+  EXPECT_FALSE(
+      at::equal(Experts(ExpertsOptions(4, 4, 4))->w1, Experts(ExpertsOptions(4, 4, 4))->w1));
+  // One number for all parts of a layer, that none can be given.
+  const int64_t number = a->options.layer().value();
+  EXPECT_GE(number, int64_t{1} << 31);
+  EXPECT_EQ(a->gate->options.layer(), number);
+  EXPECT_EQ(a->experts->options.layer(), number);
+  EXPECT_EQ(a->dispatcher().options().layer(), number);
+  // The same in every process.
+  EXPECT_EQ(all_gather(*world(), number, Purpose::control),
+            std::vector<int64_t>(static_cast<std::size_t>(world()->size()), number));
+  // A number that is given may repeat; so may that of a layer.
+  MoELayer c(MoELayerOptions(options).layer(5), groups),
+      d(MoELayerOptions(options).layer(5), groups), copy(a->options, groups);
+  EXPECT_EQ(equal(c, d), static_cast<int64_t>(c->parameters().size()));
+  EXPECT_EQ(equal(copy, a), static_cast<int64_t>(a->parameters().size()));
+  EXPECT_EQ(equal(copy, c), 0);
+}
+
+TEST(LayerNumber, IsDrawnOnce) {
+  std::vector<std::vector<int64_t>> drawn(4);
+  std::vector<std::thread> threads;
+  for (auto& numbers : drawn)
+    threads.emplace_back([&numbers] {
+      for (int i = 0; i < 1000; ++i) numbers.push_back(layer_number(std::nullopt));
+    });
+  for (std::thread& thread : threads) thread.join();
+  std::set<int64_t> different;
+  for (const auto& numbers : drawn) different.insert(numbers.begin(), numbers.end());
+  EXPECT_EQ(different.size(), 4000U);
+  EXPECT_EQ(layer_number(7), 7);
+  const int64_t next = *different.rbegin() + 1;  // not drawn yet
+  for (const int64_t bad : {int64_t{-1}, next, next + 1000}) {
+    expect_error("layer is " + std::to_string(bad) + " (must be 0 .. 2^31 - 1",
+                 [&] { static_cast<void>(layer_number(bad)); });
+  }
+  EXPECT_EQ(layer_number(std::nullopt), next);
+}
+
+// Ranks that call two layers in different order do not swap each other's rows unseen, whether the
+// layers have numbers or not.
+TEST(LayerNumber, OtherOrdersAreRefused) {
+  if (world()->size() == 1) GTEST_SKIP() << "needs peers";
+  const bool first_rank = world()->rank() == 0;
+  const auto name = [](int object) {
+    return ", object " + std::to_string(object) + " of the group ";
+  };
+  for (const auto& layer : {std::optional<int64_t>(), std::optional<int64_t>(3)}) {
+    const ExpertGroups groups = make_expert_groups(world());
+    const auto options = MoELayerOptions(kHidden, kFfn, 8).layer(layer);
+    MoELayer a(options, groups), b(options, groups);
+    const at::Tensor x = at::ones({4, kHidden});
+    const at::NoGradGuard no_grad;
+    (void)a->forward(x);
+    expect_error<CommError>((first_rank ? "rank 1" : "rank 0") +
+                                std::string(" disagrees about the layer of an exchange (layer "),
+                            [&] { (void)(first_rank ? a : b)->forward(x); });
+    // A copy is another layer, too; and so is one that some ranks made in between.
+    const ExpertGroups others = make_expert_groups(world());
+    MoELayer c(options, others);
+    if (first_rank) MoELayer between(MoELayerOptions(options).layer(9), others);
+    MoELayer copy(c->options, others);
+    expect_error<CommError>(name(first_rank ? 2 : 3) + "there, layer ",
+                            [&] { (void)copy->forward(x); });
+  }
 }
 
 TEST(LayerOptions, AreChecked) {

@@ -124,6 +124,7 @@ TEST_P(SourceTest, EqualsFormulas) {
   const at::Tensor grad = at::randn(r.x.sizes(), stream);
 
   const Outcome got = run(DispatcherOptions(kHidden, kExperts)
+                              .layer(0)
                               .codec(options)
                               .codec_on_self(codec_on_self)
                               .alignment(alignment),
@@ -171,6 +172,7 @@ TEST(Refine, BringsTokensNearerToTheirCentroids) {
   std::vector<DirectionStats> by_passes;
   for (const int64_t refine : {0, 1, 3}) {
     const Outcome got = run(DispatcherOptions(kHidden, kExperts)
+                                .layer(0)
                                 .codec(source().projection(kHidden).refine(refine))
                                 .codec_on_self(true),
                             r, expert);
@@ -189,6 +191,7 @@ TEST(EstimatedAlpha, OfExpertsThatScaleIsTheScale) {
     return (static_cast<double>(e) - 1.5) * x + 2;
   };
   const Outcome got = run(DispatcherOptions(kHidden, kExperts)
+                              .layer(0)
                               .codec(source().alpha(9).estimate_alpha(true))
                               .codec_on_self(true),
                           r, expert);
@@ -215,7 +218,8 @@ TEST(EstimatedAlpha, IsBetterThanEitherNumber) {
       return identity * x + at::tanh(at::mm(x, matrices[e]));
     };
     const auto output_of = [&](const CodecOptions& options) {
-      return run(DispatcherOptions(kHidden, kExperts).codec(options).codec_on_self(true), r, expert)
+      return run(DispatcherOptions(kHidden, kExperts).layer(0).codec(options).codec_on_self(true),
+                 r, expert)
           .y.detach();
     };
     const at::Tensor exact = output_of(CodecOptions().kind("none"));
