@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -103,7 +104,16 @@ def load_driver():
 
 
 def find_gpu():
-    """(name of the GPUs or None, why none). CUDA itself is asked, not torch: that takes seconds."""
+    """(name of the GPUs or None, why none), in PROBE_SECONDS at most: a driver may hang."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(ask_driver()), daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return found[0] if found else (None, f"libcuda has not answered for {PROBE_SECONDS} s")
+
+
+def ask_driver():
+    """What find_gpu returns. CUDA itself is asked, not torch: that takes seconds."""
     cuda = load_driver()
     if cuda is None:
         return None, "no libcuda.so.1 was found"
@@ -272,8 +282,11 @@ def run_item(item, environment, seconds, prefix, gpu=None):
     report["seconds"] = round(time.monotonic() - start, 2)
     report["exit_status"] = code
     if item["kind"] == "benchmark":
-        with open(lines.name) as results:
-            report["results"] = [json.loads(line) for line in results]
+        try:
+            with open(lines.name) as results:
+                report["results"] = [json.loads(line) for line in results]
+        except ValueError:  # cut off
+            report["results"] = []
         report["status"] = "passed" if code == 0 and report["results"] else "failed"
         report["output"] = output[-TAIL:]
     elif item["kind"] == "probe":

@@ -24,6 +24,7 @@ BUILD = sys.argv.pop(1)
 # A driver of one GPU, as far as check.py asks it.
 DRIVER = """
 #include <string.h>
+#include <unistd.h>
 int cuInit(unsigned flags) { return (int)flags; }
 int cuDeviceGetCount(int* count) { return *count = 1, 0; }
 int cuDeviceGetName(char* name, int size, int device) { strncpy(name, "Fake", size); return device; }
@@ -53,9 +54,9 @@ def compiled(source, target, *flags):
     return target
 
 
-def driver_in(folder):
+def driver_in(folder, source=DRIVER):
     os.makedirs(folder, exist_ok=True)
-    compiled(DRIVER, os.path.join(folder, "libcuda.so.1"), "-shared", "-fPIC")
+    compiled(source, os.path.join(folder, "libcuda.so.1"), "-shared", "-fPIC")
     return folder
 
 
@@ -241,6 +242,12 @@ class Machine(unittest.TestCase):
         code, report = self.check(environment={"LD_LIBRARY_PATH": ""}, before=before)
         self.assertEqual((code, report["items"]), (2, []))
         self.assertIn("but no libcuda.so.1 was found", report["verdict"])
+        # The driver hangs.
+        driver_in(self.driver, DRIVER.replace("return (int)flags;", "for (;;) sleep(9);"))
+        before = f"check.PROBE_SECONDS = 1; check.DEVICE_NODES = {self.probe!r}"
+        code, report = self.check(before=before)
+        self.assertEqual((code, report["items"]), (2, []))
+        self.assertIn("but libcuda has not answered for 1 s", report["verdict"])
 
     def test_reports_after_each_item(self):
         look = f"echo '[       OK ] A.b (1 ms)'; cp {self.out}/check.json {self.folder}/seen; " \
@@ -335,6 +342,8 @@ class Judgement(unittest.TestCase):
         one = self.judge("echo '{\"ms\": 3}' > $1\necho table", kind="benchmark")
         self.assertEqual((one["status"], one["results"]), ("passed", [{"ms": 3}]))
         self.assertIn("table", one["output"])
+        one = self.judge("echo '{\"ms\": 3' > $1\necho table", kind="benchmark")
+        self.assertEqual((one["status"], one["results"]), ("failed", []))
 
 
 if __name__ == "__main__":
