@@ -121,6 +121,8 @@ at::Tensor LanguageModelImpl::logits(const at::Tensor& tokens, LanguageModelOutp
       out.z_loss = out.z_loss + moe.z_loss;
       out.stats.push_back(std::move(moe.stats));
     }
+    // The next norm keeps it for its backward anyway.
+    if (x.requires_grad()) out.blocks.push_back(x.detach());
   }
   return linear(norm(x, final_norm_), embedding_).to(at::kFloat);
 }

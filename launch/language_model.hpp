@@ -39,6 +39,7 @@ struct LanguageModelOutput {
   at::Tensor aux_loss = at::zeros({});  ///< scalar: sum over the MoE layers, already scaled
   at::Tensor z_loss = at::zeros({});    ///< the same
   std::vector<MoEStats> stats;          ///< one per MoE layer
+  std::vector<at::Tensor> blocks;  ///< what each block returns, detached; none without autograd
 };
 
 /// Pre-norm (LayerNorm without bias), rotary positions, causal attention, gelu feed-forward

@@ -109,6 +109,16 @@ void add_exchange(StepReport& report, const MoEStats& stats, const MoELayerOptio
   }
 }
 
+/// The first block whose output is not finite, in words; made when the loss is not finite.
+std::string first_not_finite(const std::vector<at::Tensor>& blocks) {
+  for (std::size_t i = 0; i < blocks.size(); ++i) {
+    if (!at::isfinite(blocks[i]).all().item<bool>()) {
+      return detail::message("first in what block ", i, " returns");
+    }
+  }
+  return "all blocks return finite values";
+}
+
 }  // namespace
 
 double learning_rate(const TrainOptions& o, int64_t step) {
@@ -146,6 +156,7 @@ Trainer::Accumulated Trainer::accumulate(int64_t step) {
   const double share = 1.0 / static_cast<double>(parts);
   const int64_t first = groups_.world->rank() * options_.batch_size * parts;
   Accumulated sum;
+  std::string where;  // the loss stopped being finite
   run_together(*groups_.world, [&] {
     for (int64_t part = 0; part < parts; ++part) {
       LanguageModelOutput out = model_->forward(on_device(
@@ -153,15 +164,17 @@ Trainer::Accumulated Trainer::accumulate(int64_t step) {
           device_));
       ((out.loss + out.aux_loss + out.z_loss) * share).backward();
       sum.loss += share * out.loss.item<double>();
+      if (where.empty() && !std::isfinite(sum.loss)) where = first_not_finite(out.blocks);
       sum.aux_loss += share * out.aux_loss.item<double>();
       sum.stats.push_back(std::move(out.stats));
     }
     if (abandon_requested()) {
       throw StepAbandoned(StepAbandoned::Reason::stop, "a rank was asked to stop");
     }
-    if (!std::isfinite(sum.loss)) {
+    if (!where.empty()) {
       throw StepAbandoned(StepAbandoned::Reason::not_finite,
-                          detail::message("loss ", sum.loss, " on rank ", groups_.world->rank()));
+                          detail::message("loss ", std::abs(sum.loss), " on rank ",
+                                          groups_.world->rank(), ", ", where));
     }
   });
   return sum;
