@@ -53,6 +53,7 @@ constexpr Sign kSigns[] = {
     {"OMPI_COMM_WORLD_SIZE", 2, nullptr, "the mpirun of another Open MPI started it", kMpirun},
     {"PMI_SIZE", 2, nullptr,
      "a launcher of other MPIs, as Hydra of MPICH and Intel MPI, started it", kMpirun},
+    {"PMI_RANK", 1, nullptr, "its launcher's PMI is not one that this MPI knows", kMpirun},
     {"PMIX_RANK", 1, nullptr, "its launcher's PMIx is not one that this MPI knows", kMpirun},
     {"WORLD_SIZE", 2, "RANK", "torchrun and its like start no MPI",
      "start with mpirun in place of torchrun"},
