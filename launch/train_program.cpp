@@ -126,6 +126,10 @@ int train_program(int argc, char** argv, const OpenData& open_data) {
   try {
     session.emplace(argc, argv, session_options);
   } catch (const std::exception& error) {
+    if (help) {  // as in the shell of an allocation, where no training could start
+      std::fputs(parser.help().c_str(), stdout);
+      return 0;
+    }
     log_error(error.what());
     return 1;
   }

@@ -176,6 +176,8 @@ class Files(TrainTest):
             self.assertIn(words, output)
         code, again, _ = self.run_job(["--help"], ranks=2)
         self.assertEqual((code, again), (0, output))
+        code, again, _ = self.run_job(["--help"], env={"SLURM_NTASKS": "4"})
+        self.assertEqual((code, again), (0, output))
 
     def test_metrics(self):
         output = self.train(["--steps", "30", "--eval-every", "10", "--compress", "lsh",
