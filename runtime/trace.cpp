@@ -3,7 +3,9 @@
 #include <torch/csrc/autograd/profiler_kineto.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <set>
 #include <unordered_set>
@@ -53,16 +55,19 @@ void TraceSession::write() {
   recording_ = false;
   const auto result = prof::disableProfiler();
   // The profiler knows regular files only.
-  const auto temporary = std::filesystem::temp_directory_path() /
-                         ("lshmoe-trace." + std::to_string(::getpid()) + ".json");
-  result->save(temporary.string());
-  std::error_code no_file;
-  if (std::filesystem::file_size(temporary, no_file) == 0 || no_file) {
-    throw Error(detail::message("torch's profiler wrote no trace to '", temporary.string(),
+  std::string temporary = std::filesystem::temp_directory_path() / "lshmoe-trace.XXXXXX.json";
+  const int made = ::mkstemps(temporary.data(), 5);  // nobody else's, nor a link
+  if (made < 0) {
+    throw Error(detail::message("cannot write '", temporary, "'", why_not_written(errno)));
+  }
+  ::close(made);
+  result->save(temporary);
+  const std::string bytes = read_file(temporary);
+  std::filesystem::remove(temporary);
+  if (bytes.empty()) {
+    throw Error(detail::message("torch's profiler wrote no trace to '", temporary,
                                 "': check the disk, and that this torch was built with kineto"));
   }
-  const std::string bytes = read_file(temporary.string());
-  std::filesystem::remove(temporary);
   write_file_atomically(path_, bytes);
 }
 

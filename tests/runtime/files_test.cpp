@@ -12,6 +12,7 @@
 
 #include <chrono>
 #include <csignal>
+#include <cstdlib>
 #include <filesystem>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -349,6 +350,24 @@ TEST_F(Writing, TraceGoesWhereALinkLeads) {
   }
   reader.join();
   EXPECT_TRUE(nlohmann::json::parse(got).contains("traceEvents"));
+}
+
+TEST_F(Writing, TraceLeavesTheTemporaryFolderAsItIs) {
+  std::filesystem::create_directory(path("tmp"));
+  write_file_atomically(path("victim"), kText);
+  std::filesystem::create_symlink("../victim",
+                                  path("tmp/lshmoe-trace." + std::to_string(::getpid()) + ".json"));
+  const char* before = std::getenv("TMPDIR");
+  const std::string restored = before ? before : "";
+  ::setenv("TMPDIR", path("tmp").c_str(), 1);
+  {
+    TraceSession trace(path("trace.json"));
+    trace.write();
+  }
+  before ? ::setenv("TMPDIR", restored.c_str(), 1) : ::unsetenv("TMPDIR");
+  EXPECT_EQ(read_file(path("victim")), kText);
+  expect_names(
+      {"tmp", "victim", "trace.json", "lshmoe-trace." + std::to_string(::getpid()) + ".json"});
 }
 
 TEST(Trace, HoldsTheNamedPhases) {
