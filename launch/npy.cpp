@@ -21,7 +21,8 @@ at::Tensor read_npy(const std::string& path) {
   const std::size_t start = 8 + length_bytes + length;
   LSHMOE_VALIDATE(start <= bytes.size(), "'", path,
                   "' ends within its header (damaged, or half written): make it again");
-  const std::string header = bytes.substr(8 + length_bytes, length);
+  std::string header = bytes.substr(8 + length_bytes, length);
+  header.erase(header.find_last_not_of(" \n") + 1);  // what aligns the data
 
   std::smatch match;
   LSHMOE_VALIDATE(

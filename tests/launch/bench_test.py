@@ -346,15 +346,15 @@ class BenchTest(unittest.TestCase):
         for descr in "<i4", ">f4", "<V4":
             job = self.run_bench(["--input", self.write("y.npy", npy(gaussian(3, 4), descr))])
             self.assertEqual(job.returncode, 1)
-            self.assertIn("holds no little-endian float16, float32 or bfloat16", job.stderr)
+            self.assertRegex(job.stderr, "holds no little-endian float16, .* \\(header .*}\\): convert it")
         whole = npy(gaussian(3, 4), "<f4")
-        for shape, text in ("(12,)  ", "is no array of two dimensions, rows x hidden size"), \
+        for shape, text in ("(12,)  ", r"no array of two dimensions, .*\(header .*}\): reshape it"), \
                 ("(3,2,2)", "is no array of two dimensions"), ("(0, 4) ", "nothing in it"), \
                 ("(3, 0) ", "nothing in it"):
             bad = whole.replace(b"(3, 4), ", shape.encode() + b",")
             job = self.run_bench(["--input", self.write("y.npy", bad)])
             self.assertEqual(job.returncode, 1)
-            self.assertIn(text, job.stderr)
+            self.assertRegex(job.stderr, text)
 
 
 class LayerTest(unittest.TestCase):
