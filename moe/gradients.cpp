@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <span>
+#include <sstream>
 #include <string_view>
 #include <unordered_set>
 
@@ -53,6 +54,19 @@ void check_equal(Communicator& world, const std::vector<at::Tensor>& parameters,
                     " differ in number, size or dtype from rank ", first,
                     "'s (their gradients could not be added): build the same "
                     "model on every rank");
+  }
+}
+
+/// Numbers that layers drew differ where some ranks made other layers before them.
+void check_numbers_equal(Communicator& world, const std::vector<MoELayerImpl*>& layers) {
+  Hash hash;
+  for (const MoELayerImpl* layer : layers) hash.add(static_cast<uint64_t>(*layer->options.layer()));
+  const auto all = all_gather(world, hash.value(), Purpose::control);
+  for (std::size_t r = 1; r < all.size(); ++r) {
+    LSHMOE_VALIDATE(all[r] == all[0], "the MoE layers of rank ", r,
+                    " have other numbers than rank 0's (each replica would start from other "
+                    "weights): make the same layers in the same order on every rank, or give "
+                    "them numbers by MoELayerOptions::layer");
   }
 }
 
@@ -128,13 +142,8 @@ GradientReducer::GradientReducer(ExpertGroups groups, torch::nn::Module& model,
       is_expert.insert(parameter.unsafeGetTensorImpl());
   };
   mark(more_expert_parameters);
-  if (const auto* layer = dynamic_cast<const MoELayerImpl*>(&model))
-    mark(layer->expert_parameters());
-  for (const auto& module : model.modules(/*include_self=*/false)) {
-    if (const auto* layer = dynamic_cast<const MoELayerImpl*>(module.get())) {
-      mark(layer->expert_parameters());
-    }
-  }
+  const std::vector<MoELayerImpl*> layers = moe_layers(model);
+  for (const MoELayerImpl* layer : layers) mark(layer->expert_parameters());
   std::unordered_set<const void*> seen;  // a tied parameter is listed twice
   const auto add = [&](const Named& parameter) {
     const auto* tensor = parameter.tensor.unsafeGetTensorImpl();
@@ -158,6 +167,7 @@ GradientReducer::GradientReducer(ExpertGroups groups, torch::nn::Module& model,
   }
   check_equal(*groups_.world, tensors(shared_), 1, "shared");
   check_equal(*groups_.world, tensors(expert_), groups_.expert->size(), "expert");
+  check_numbers_equal(*groups_.world, layers);
 }
 
 std::vector<at::Tensor> GradientReducer::tensors(const std::vector<Named>& parameters) {
@@ -214,7 +224,14 @@ void GradientReducer::check_ranks_agree() const {
               words[r].expert == words[r % ep_size].expert;
   }
   if (agreed) return;
-  const std::string told = changed.empty() ? flags : "!" + changed;
+  std::string told = "!" + changed;
+  if (changed.empty()) {
+    told.clear();
+    std::size_t i = 0;
+    for (const auto* parameters : {&shared_, &expert_}) {
+      for (const Named& parameter : *parameters) told += flags[i++] + parameter.name + '\0';
+    }
+  }
   std::vector<std::string> ranks;
   for (const auto& bytes :
        world.gather(std::as_bytes(std::span(told)), /*root=*/0, Purpose::control)) {
@@ -229,7 +246,8 @@ void GradientReducer::check_ranks_agree() const {
   throw InvalidArgument(text);
 }
 
-// What rank 0 makes of what all ranks told it: a flag for each parameter, or '!' and a name.
+// What rank 0 makes of what all ranks told it: flag and name of each parameter, each with a zero
+// behind it (experts have other names on other ranks); or '!' and a name.
 std::string GradientReducer::disagreement(const std::vector<std::string>& ranks) const {
   const auto ep_size = static_cast<std::size_t>(groups_.expert->size());
   for (std::size_t r = 0; r < ranks.size(); ++r) {
@@ -241,16 +259,18 @@ std::string GradientReducer::disagreement(const std::vector<std::string>& ranks)
     }
   }
   const auto word = [](char flag) { return flag == '1' ? "requires a gradient" : "is frozen"; };
+  std::vector<std::vector<std::string>> told(ranks.size());  // flag and name
   for (std::size_t r = 0; r < ranks.size(); ++r) {
-    for (std::size_t i = 0; i < ranks[r].size(); ++i) {
-      const bool shared = i < shared_.size();
-      const std::size_t first = shared ? 0 : r % ep_size;
-      if (ranks[r][i] == ranks[first][i]) continue;
-      return detail::message(
-          "parameter '", shared ? shared_[i].name : expert_[i - shared_.size()].name, "' ",
-          word(ranks[r][i]), " on rank ", r, ", but ", word(ranks[first][i]), " on rank ", first,
-          " (their gradients could not be added): call requires_grad_() on all "
-          "ranks alike");
+    std::istringstream words(ranks[r]);
+    for (std::string one; std::getline(words, one, '\0');) told[r].push_back(one);
+    for (std::size_t i = 0; i < told[r].size(); ++i) {
+      const std::size_t first = i < shared_.size() ? 0 : r % ep_size;
+      const std::string &here = told[r][i], &there = told[first][i];
+      if (here[0] == there[0]) continue;
+      return detail::message("parameter '", here.substr(1), "' ", word(here[0]), " on rank ", r,
+                             ", but ", word(there[0]), " on rank ", first,
+                             " (their gradients could not be added): call requires_grad_() on all "
+                             "ranks alike");
     }
   }
   return "the ranks disagree about which parameters require a gradient";

@@ -23,7 +23,8 @@ class GradientReducer {
  public:
   /// Walks the modules for MoELayers; their experts' parameters are expert parameters, and so are
   /// `more_expert_parameters` (own experts behind a Dispatcher). `model` must outlive this. Checks
-  /// that all ranks hold the same number and sizes of parameters. Collective.
+  /// that all ranks hold the same number and sizes of parameters, and layers of the same numbers.
+  /// Collective; throws InvalidArgument on all ranks.
   GradientReducer(ExpertGroups groups, torch::nn::Module& model,
                   const std::vector<at::Tensor>& more_expert_parameters = {});
 

@@ -250,6 +250,50 @@ TEST(GradientReducer, NamesTheParameterThatRanksDisagreeAbout) {
                [&] { of_pairs.reduce(); });
 }
 
+// Custom experts are as many and as large as their makers want, and have names of their own.
+struct OddExpertImpl : torch::nn::Module {
+  explicit OddExpertImpl(int64_t index) {
+    for (int64_t i = 0; i <= index; ++i) {
+      scales.push_back(register_parameter("scale" + std::to_string(i), at::ones({1})));
+    }
+  }
+  at::Tensor forward(const at::Tensor& x) {
+    at::Tensor y = x;
+    for (const at::Tensor& scale : scales) y = y * scale;
+    return y;
+  }
+  std::vector<at::Tensor> scales;
+};
+TORCH_MODULE(OddExpert);
+
+TEST(GradientReducer, NamesTheCustomExpertOfTheRankThatHasIt) {
+  if (world()->size() < 4) GTEST_SKIP() << "needs replicas of two ranks";
+  const ExpertGroups groups = make_expert_groups(world(), 2);
+  MoELayer layer(MoELayerOptions(kHidden, 1, 2).top_k(1).custom_expert([](int64_t index) {
+    return torch::nn::AnyModule(OddExpert(index));
+  }),
+                 groups);
+  GradientReducer reducer(groups, *layer);
+  if (world()->rank() == 3) layer->expert_parameters().back().set_requires_grad(false);
+  expect_error("parameter 'expert_1.scale1' is frozen on rank 3, but requires a gradient on rank 1",
+               [&] { reducer.reduce(); });
+}
+
+// Replicas that never exchange rows would train different weights.
+TEST(GradientReducer, RefusesLayersOfDifferentNumbers) {
+  if (world()->size() == 1) GTEST_SKIP() << "needs peers";
+  const ExpertGroups groups = make_expert_groups(world(), 1);
+  MoELayer layer(MoELayerOptions(kHidden, 12, kExperts), groups);
+  const GradientReducer fits(groups, *layer);
+  const int last = world()->size() - 1;
+  const bool odd = world()->rank() == last;
+  MoELayer other(MoELayerOptions(kHidden, 12, kExperts).layer(odd ? 1 : 0), groups);
+  expect_error("the MoE layers of rank " + std::to_string(last) +
+                   " have other numbers than rank 0's (each replica would start from other "
+                   "weights): make the same layers in the same order on every rank",
+               [&] { const GradientReducer reducer(groups, *other); });
+}
+
 TEST(GradientReducer, RefusesParametersThatAreNoLongerItsOwn) {
   const ExpertGroups groups = make_expert_groups(world());
   const int last = world()->size() - 1;
