@@ -38,8 +38,8 @@ struct CodecOptions {
   /// row: |x - x'| <= max_error * min(|x|, 3 M). group: |x - x'| <= max_error * rms of min(|x|, 3
   /// M) over the group's rows that are not zero. M is the median norm, to an eighth of an octave
   /// below it, of all rows of the encode call that are not zero: outliers neither carry the error
-  /// of many rows nor set the bound of others, and a row's bytes do not depend on its group. With
-  /// overlap_chunks each chunk is a call. Only the sender needs M.
+  /// of many rows nor set the bound of others, and a row's own bound (row) does not depend on its
+  /// group. With overlap_degree > 1 each chunk of tokens is a call. Only the sender needs M.
   /// Empty: row for dispatch, group for the other directions: a row of little weight, or of a small
   /// gradient, needs no finer step than the others.
   TORCH_ARG(std::string, error_reference) = "";

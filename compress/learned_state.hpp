@@ -40,8 +40,8 @@ struct LearnedState {
 /// Fits a state to sample rows [n, hidden] float32, n >= 1: centroids from LSH buckets and two
 /// nearest-centroid updates (options.codebook_size at most, eight rows each at least), the channel
 /// order of the residuals and, with transform=basis and at least 4 x hidden rows, the eigenvectors
-/// of their second moment. Residuals count in units of their row's bound: by_group says that it is
-/// the same for all rows. Local; deterministic, for any number of threads.
+/// of their second moment. Residuals count in units of their row's norm; by_group: in
+/// one unit for all rows. Local; deterministic, for any number of threads.
 [[nodiscard]] LearnedState fit_state(const at::Tensor& rows, const CodecOptions& options,
                                      bool by_group, std::span<const float> projection,
                                      std::uint32_t version);

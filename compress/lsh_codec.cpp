@@ -5,8 +5,8 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
-#include <numeric>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <shared_mutex>
 #include <span>
@@ -202,7 +202,9 @@ class LshCodec final : public CpuCodec, public LshInternals {
                       " gives a learned state hold NaN or Inf (no rank sends "
                       "them): the bytes are damaged");
     }
-    return at::cat(rows);
+    // Sums of larger ones would leave the range of fp32.
+    const at::Tensor all = at::cat(rows);
+    return all.index_select(0, all.abs().amax(1).lt(1e30).nonzero().squeeze(1));
   }
   [[nodiscard]] std::shared_ptr<Codec> sample_codec() const {
     return std::make_shared<LshCodec<T>>(CodecOptions(options())

@@ -195,6 +195,25 @@ TEST(Learned, ATokensBytesAreTheSameForEveryDestination) {
   }
 }
 
+// A mean of such rows would not be finite, and the root alone would throw in the fit.
+TEST(Learned, RowsNearTheEndOfFp32AreNotFitted) {
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    const CodecContext context{64, 0, Direction::dispatch, dtype};
+    at::Tensor x = clustered(900, 64, 20, 0.3, 1);
+    x.slice(0, 0, 20).fill_(3e38);
+    x = x.to(dtype);
+    const auto codec = fitted(learned_options(), context, x);
+    EXPECT_EQ(codec->state_stats().version, 1);
+    const Encoded encoded = codec->encode(x, {900});
+    EXPECT_EQ(field<uint32_t>(encoded.bytes.const_data_ptr<uint8_t>(), 20), 1U);
+    const at::Tensor rows = codec->decode(encoded.bytes, encoded.bytes_per_group).rows;
+    EXPECT_LE(error_ratio(x, rows, 0.1, false), 1.0);
+    const auto nothing = make_codec(learned_options(), context);
+    nothing->observe(x.slice(0, 0, 20), {});
+    EXPECT_FALSE(nothing->refresh(*make_self_communicator()));
+  }
+}
+
 TEST(Learned, FitsAreDueAtPowersOfTwoThenRegularly) {
   const CodecContext context{16, 0, Direction::dispatch, at::kFloat};
   const auto codec = make_codec(learned_options().refresh_every(10), context);
