@@ -289,13 +289,15 @@ at::Tensor overlapped_experts(const at::Tensor& x, const at::Tensor& topk_ids,
   state->top_k = topk_ids.size(1);
   const bool recorded = at::GradMode::is_enabled();
   state->input_gradients = recorded && (x.requires_grad() || topk_weights.requires_grad());
+  bool has_backward = state->input_gradients;
+  for (const at::Tensor* weight : {&weights.w1, &weights.b1, &weights.w2, &weights.b2, &weights.w3})
+    has_backward |= recorded && weight->defined() && weight->requires_grad();
   for (int64_t c = 0; c < degree; ++c) {
     Chunk& chunk = state->chunks.emplace_back();
     chunk.first = x.size(0) * c / degree;
     chunk.tokens = x.size(0) * (c + 1) / degree - chunk.first;
     chunk.dispatch = c10::make_intrusive<Exchange>(context, stats, state->input_gradients);
-    chunk.combine = c10::make_intrusive<Exchange>(
-        context, stats, recorded && (state->input_gradients || weights.w1.requires_grad()));
+    chunk.combine = c10::make_intrusive<Exchange>(context, stats, has_backward);
   }
   const auto optional = [](const at::Tensor& tensor) {
     return tensor.defined() ? std::optional(tensor) : std::nullopt;
