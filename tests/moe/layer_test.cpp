@@ -240,6 +240,20 @@ TEST(Layer, GroupsScalingAndReplay) {
   }
 }
 
+TEST(Layer, ReplaysTheChoicesOfAnEarlierForward) {
+  MoELayer layer = make_layer(small().capacity_factor(0.75), make_expert_groups(world()));
+  const at::Tensor x = own_input(24).rows.to(at::kFloat).view({4, 6, kHidden});
+  const MoEOutput first = layer->forward(x, some_mask(24));
+  {
+    const at::NoGradGuard no_grad;
+    layer->gate->weight.zero_();  // by itself it would now choose the first experts
+  }
+  const MoEOutput again = layer->forward(x, RouteInputs().topk_ids(first.stats.topk_ids));
+  EXPECT_TRUE(at::equal(again.stats.topk_ids, first.stats.topk_ids));
+  EXPECT_EQ(again.stats.tokens_per_expert, first.stats.tokens_per_expert);
+  EXPECT_FALSE(at::equal(layer->forward(x).stats.topk_ids, first.stats.topk_ids));
+}
+
 // The same global batch on 1 rank and on all, in any layout: outputs, losses, reduced gradients.
 TEST(Layer, TheNumberOfRanksChangesNothing) {
   const int ranks = world()->size(), rank = world()->rank();
