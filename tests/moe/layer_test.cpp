@@ -194,22 +194,23 @@ TEST(Layer, MaskedTokensHaveNoPart) {
 TEST(Layer, MaskedTokensAreAsIfTheyWereNotThere) {
   const ExpertGroups groups = make_expert_groups(world());
   const CodecOptions lsh = CodecOptions().kind("lsh").max_error(0.1);
-  const at::Tensor mask = some_mask(40);
-  const RankInput input = with_nan(own_input(40), mask);
-  for (const CodecOptions& codec :
-       {CodecOptions().kind("none"), lsh, CodecOptions(lsh).restore("source").alpha(1)}) {
-    SCOPED_TRACE(codec.kind() + " " + codec.restore());
-    MoELayer layer =
-        make_layer(small().aux_loss_coeff(0.5).codec(codec).codec_on_self(true), groups);
-    LayerRun got = run_layer(layer, input.rows, at::kFloat, input.direction, mask);
-    const LayerRun expected =
-        run_layer(layer, input.rows.index({mask}), at::kFloat, input.direction.index({mask}));
-    for (at::Tensor* rows : {&got.output, &got.gradients.at("x")}) {
-      const at::Tensor masked = rows->index({mask.logical_not()});
-      EXPECT_TRUE(at::equal(masked, at::zeros_like(masked)));
-      *rows = rows->index({mask});
+  for (const at::Tensor& mask : {some_mask(40), at::zeros({40}, at::kBool)}) {
+    const RankInput input = with_nan(own_input(40), mask);
+    for (const CodecOptions& codec :
+         {CodecOptions().kind("none"), lsh, CodecOptions(lsh).restore("source").alpha(1)}) {
+      SCOPED_TRACE(codec.kind() + " " + codec.restore());
+      MoELayer layer =
+          make_layer(small().aux_loss_coeff(0.5).codec(codec).codec_on_self(true), groups);
+      LayerRun got = run_layer(layer, input.rows, at::kFloat, input.direction, mask);
+      const LayerRun expected =
+          run_layer(layer, input.rows.index({mask}), at::kFloat, input.direction.index({mask}));
+      for (at::Tensor* rows : {&got.output, &got.gradients.at("x")}) {
+        const at::Tensor masked = rows->index({mask.logical_not()});
+        EXPECT_TRUE(at::equal(masked, at::zeros_like(masked)));
+        *rows = rows->index({mask});
+      }
+      expect_runs_equal(got, expected, 0);
     }
-    expect_runs_equal(got, expected, 0);
   }
 }
 
@@ -680,6 +681,10 @@ TEST(Layer, Recomputation) {
     const auto got = gradients_after(
         layer, {x}, [&] { Recompute::apply(x, layer.get()).backward(input.direction); });
     expect_near(got, expected);
+    const at::NoGradGuard no_grad;
+    const at::Tensor in_training = layer->forward(x).output;
+    layer->eval();
+    EXPECT_EQ(at::equal(layer->forward(x).output, in_training), noise == 0 || x.size(0) == 0);
   }
 }
 
