@@ -62,7 +62,7 @@ struct DispatcherOptions {
   TORCH_ARG(bool, codec_on_self) = false;
 
  public:
-  /// Sets all four exchanges. With restore=source the other three carry raw rows.
+  /// Sets all four exchanges; unset: kind none. With restore=source the other three carry raw rows.
   DispatcherOptions& codec(const CodecOptions& c);
   /// Overrides for one exchange.
   DispatcherOptions& codec_dispatch(const CodecOptions& c);
