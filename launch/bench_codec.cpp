@@ -632,7 +632,7 @@ void add_options(OptionParser& parser, BenchOptions& o) {
       "synthetic-rows", po::value(&o.synthetic_rows)->default_value(4096), "rows of synthetic")(
       "hidden-size", po::value(&o.hidden_size)->default_value(384), "their length")(
       "synthetic-clusters", po::value(&o.synthetic_clusters)->default_value(0),
-      "synthetic: rows near that many centres, at 0.3 of their norm; 0: no centres")(
+      "synthetic: rows near that many centers, at 0.3 of their norm; 0: no centers")(
       "group-rows", po::value(&o.group_rows)->default_value(1024),
       "rows of a group: what one rank sends another")(
       "dtype", po::value(&o.dtype)->default_value("as input"),

@@ -15,7 +15,7 @@ set -euo pipefail
 build lshmoe-train >&2
 mpi_environment
 metrics=$LSHMOE_ROOT/build/quickstart/metrics.jsonl
-if [[ " $* " == *" --metrics"* ]]; then
+if [[ " $* " == *" --metrics"* || " $* " == *" --help "* || " $* " == *" -h "* ]]; then
   metrics=
 else
   mkdir -p "${metrics%/*}"

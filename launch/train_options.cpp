@@ -59,29 +59,28 @@ CodecOptions backward_codec(const TrainOptions& o) {
 
 void add_train_options(OptionParser& parser, TrainOptions& o) {
   using std::string;
-  parser.group("launch: data")
-      .add_options()("data", po::value(&o.data)->multitoken()->composing()->value_name("PATH..."),
-                     "text files or folders, bytes as tokens; or *.bin of token ids with "
-                     "--vocab-size (default: "
-                     "the C++ headers of the LibTorch this was built with)")(
-          "vocab-size", value<int64_t>(o.vocab_size, 0),
-          "number of token ids in *.bin files (uint16; uint32 above 65536); 0: bytes")(
-          "seq-len", value<int64_t>(o.seq_len, 128), "tokens a sequence")(
-          "eval-sequences", value<int64_t>(o.eval_sequences, 256),
-          "held-out sequences of an evaluation, at most");
-  parser.group("launch: model")
-      .add_options()("layers", value<int64_t>(o.layers, 2), "transformer blocks")(
-          "hidden-size", value<int64_t>(o.hidden_size, 128), "width of the model")(
-          "heads", value<int64_t>(o.heads, 4), "attention heads")(
-          "dense-ffn-hidden-size", value<int64_t>(o.dense_ffn_hidden_size, 512),
-          "width of the feed-forward networks outside the MoE layers")(
-          "moe-every", value<int64_t>(o.moe_every, 2), "every n-th block has an MoE layer")(
-          "dtype", value<string>(o.dtype, "fp32"),
-          "fp32, or bf16: activations in bf16, master weights and router in fp32")(
-          "device", value<string>(o.device, "auto"),
-          "cpu; cuda: a GPU for each rank of a host; auto: cuda where every rank has one");
-  parser.group("launch: training")
-      .add_options()("steps", value<int64_t>(o.steps, 800), "optimiser steps")(
+  parser.group("Data").add_options()(
+      "data", po::value(&o.data)->multitoken()->composing()->value_name("PATH..."),
+      "text files or folders, bytes as tokens; or *.bin of token ids with "
+      "--vocab-size (default: "
+      "the C++ headers of the LibTorch this was built with)")(
+      "vocab-size", value<int64_t>(o.vocab_size, 0),
+      "number of token ids in *.bin files (uint16; uint32 above 65536); 0: bytes")(
+      "seq-len", value<int64_t>(o.seq_len, 128), "tokens a sequence")(
+      "eval-sequences", value<int64_t>(o.eval_sequences, 256),
+      "held-out sequences of an evaluation, at most");
+  parser.group("Model").add_options()("layers", value<int64_t>(o.layers, 2), "transformer blocks")(
+      "hidden-size", value<int64_t>(o.hidden_size, 128), "width of the model")(
+      "heads", value<int64_t>(o.heads, 4), "attention heads")(
+      "dense-ffn-hidden-size", value<int64_t>(o.dense_ffn_hidden_size, 512),
+      "width of the feed-forward networks outside the MoE layers")(
+      "moe-every", value<int64_t>(o.moe_every, 2), "every n-th block has an MoE layer")(
+      "dtype", value<string>(o.dtype, "fp32"),
+      "fp32, or bf16: activations in bf16, master weights and router in fp32")(
+      "device", value<string>(o.device, "auto"),
+      "cpu; cuda: a GPU for each rank of a host; auto: cuda where every rank has one");
+  parser.group("Training")
+      .add_options()("steps", value<int64_t>(o.steps, 800), "optimizer steps")(
           "batch-size", value<int64_t>(o.batch_size, 4), "sequences a rank and micro-batch")(
           "accumulate", value<int64_t>(o.accumulate, 1),
           "micro-batches a step, whose gradients are averaged before they are reduced")(
@@ -99,57 +98,60 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
           "steps between evaluations on held-out text; 0: only after the last step")(
           "seed", value<int64_t>(o.seed, 0),
           "of parameters, data order and codec, each its own stream");
-  parser.group("launch: study")
-      .add_options()("study", po::bool_switch(&o.study),
-                     "train once for each setting and seed, and compare loss, bytes, time and the "
-                     "codec's noise; --metrics gets an object a run")(
-          "study-seeds", value<int64_t>(o.study_seeds, 3), "seeds: --seed and those after it")(
-          "study-setting", po::value(&o.study_setting)->composing()->value_name("OPTIONS"),
-          "the codec's options and --capacity-factor of one setting, in one argument; repeatable, "
-          "the first is the reference (default: 17 settings of about equal bytes in groups)");
-  parser.group("launch: output")
-      .add_options()(
-          "metrics", po::value(&o.metrics)->value_name("FILE"),
-          "one JSON object a step (rank 0); /dev/stdout: all else goes to standard error")(
-          "trace", po::value(&o.trace)->value_name("FILE"),
-          "a trace per rank for the Perfetto UI; for runs of few steps")(
-          "nvtx", po::bool_switch(&o.nvtx),
-          "mark the trace's ranges for Nsight, instead of --trace")(
-          "progress", value<int64_t>(o.progress, 20), "steps between progress lines; 0: none");
-  parser.group("comm").add_options()("ep-size", value<int64_t>(o.ep_size, 0),
-                                     "ranks that share the experts; 0: all ranks")(
+  parser.group("Study").add_options()(
+      "study", po::bool_switch(&o.study),
+      "train once for each setting and seed, and compare loss, bytes, time and the "
+      "codec's noise; --metrics gets an object a run")(
+      "study-seeds", value<int64_t>(o.study_seeds, 3), "seeds: --seed and those after it")(
+      "study-setting", po::value(&o.study_setting)->composing()->value_name("OPTIONS"),
+      "the codec's options and --capacity-factor of one setting, in one argument; repeatable, "
+      "the first is the reference (default: 17 settings of about equal bytes in groups)");
+  parser.group("Output").add_options()(
+      "metrics", po::value(&o.metrics)->value_name("FILE"),
+      "one JSON object a step (rank 0); /dev/stdout: all else goes to standard error")(
+      "trace", po::value(&o.trace)->value_name("FILE"),
+      "a trace per rank for the Perfetto UI; for runs of few steps")(
+      "nvtx", po::bool_switch(&o.nvtx), "mark the trace's ranges for Nsight, instead of --trace")(
+      "progress", value<int64_t>(o.progress, 20), "steps between progress lines; 0: none");
+  parser.group("Ranks").add_options()("ep-size", value<int64_t>(o.ep_size, 0),
+                                      "ranks that share the experts; 0: all ranks")(
       "timeout", real(o.timeout, 300, "300"), "longest wait for other ranks, seconds")(
       "comm-backend", value<string>(o.comm_backend, "auto"),
       "what moves rows and gradients of GPUs: nccl, or mpi (through host memory); auto: nccl where "
       "this was built with it and no GPU is shared")(
       "share-gpu", po::bool_switch(&o.share_gpu),
       "ranks of a host may take the same GPU (for tests); with mpi only");
-  parser.group("moe").add_options()("num-experts", value<int64_t>(o.num_experts, 8),
-                                    "experts of an MoE layer, over all ranks of an ep group")(
-      "ffn-hidden-size", value<int64_t>(o.ffn_hidden_size, 256), "width of an expert")(
-      "top-k", value<int64_t>(o.top_k, 2), "experts a token")(
-      "activation", value<string>(o.activation, "gelu"), "of the experts: gelu, relu or swiglu")(
-      "shared-expert-size", value<int64_t>(o.shared_expert_size, 0),
-      "width of an expert that every token passes; 0: none")(
-      "overlap-degree", value<int64_t>(o.overlap_degree, 1),
-      "chunks of tokens, so that exchanges run beside experts (on a GPU)")(
-      "score-function", value<string>(o.score_function, "softmax"), "softmax or sigmoid")(
-      "num-groups", value<int64_t>(o.num_groups, 1), "groups of experts, chosen before experts")(
-      "top-k-groups", value<int64_t>(o.top_k_groups, 1), "groups a token chooses its experts from")(
-      "routed-scaling-factor", real(o.routed_scaling_factor, 1, "1"),
-      "of the gate weights, after they were normalized")(
-      "logit-noise", real(o.logit_noise, 0, "0"),
-      "deviation of the Gaussian noise on the router's logits in training; 0: none")(
-      "capacity-factor", real(o.capacity_factor, 0, "0"), "0: dropless")(
-      "drop-policy", value<string>(o.drop_policy, "probs"),
-      "who stays when an expert is full: probs or position")(
-      "aux-loss-coeff", real(o.aux_loss_coeff, 0.01, "0.01"), "load-balancing loss")(
-      "aux-loss-scope", value<string>(o.aux_loss_scope, "world"),
-      "whose load it counts: of all ranks' tokens (world), a rank's, or each sequence's")(
-      "z-loss-coeff", real(o.z_loss_coeff, 0, "0"), "router z-loss")(
-      "expert-bias-rate", real(o.expert_bias_rate, 0, "0"),
-      "loss-free balancing of the sigmoid gate");
-  parser.group("compress")
+  parser.group("MoE layers")
+      .add_options()("num-experts", value<int64_t>(o.num_experts, 8),
+                     "experts of an MoE layer, over all ranks of an ep group")(
+          "ffn-hidden-size", value<int64_t>(o.ffn_hidden_size, 256), "width of an expert")(
+          "top-k", value<int64_t>(o.top_k, 2), "experts a token")(
+          "activation", value<string>(o.activation, "gelu"),
+          "of the experts: gelu, relu or swiglu")(
+          "shared-expert-size", value<int64_t>(o.shared_expert_size, 0),
+          "width of an expert that every token passes; 0: none")(
+          "overlap-degree", value<int64_t>(o.overlap_degree, 1),
+          "chunks of tokens, so that exchanges run beside experts (on a GPU)")(
+          "score-function", value<string>(o.score_function, "softmax"), "softmax or sigmoid")(
+          "num-groups", value<int64_t>(o.num_groups, 1),
+          "groups of experts, chosen before experts")("top-k-groups",
+                                                      value<int64_t>(o.top_k_groups, 1),
+                                                      "groups a token chooses its experts from")(
+          "routed-scaling-factor", real(o.routed_scaling_factor, 1, "1"),
+          "of the gate weights, after they were normalized")(
+          "logit-noise", real(o.logit_noise, 0, "0"),
+          "deviation of the Gaussian noise on the router's logits in training; 0: none")(
+          "capacity-factor", real(o.capacity_factor, 0, "0"),
+          "most tokens a rank may send to one expert, as a multiple of an even share; 0: no limit "
+          "(dropless)")("drop-policy", value<string>(o.drop_policy, "probs"),
+                        "who stays when an expert is full: probs or position")(
+          "aux-loss-coeff", real(o.aux_loss_coeff, 0.01, "0.01"), "load-balancing loss")(
+          "aux-loss-scope", value<string>(o.aux_loss_scope, "world"),
+          "whose load it counts: of all ranks' tokens (world), a rank's, or each sequence's")(
+          "z-loss-coeff", real(o.z_loss_coeff, 0, "0"), "router z-loss")(
+          "expert-bias-rate", real(o.expert_bias_rate, 0, "0"),
+          "sigmoid: how far an expert's bias moves against its load in each step; 0: not at all");
+  parser.group("Compression")
       .add_options()("compress", value<string>(o.compress, "none"),
                      "what travels: none, bf16, fp8, int8, int4 or lsh")(
           "restore", value<string>(o.restore, "expert"),
@@ -157,14 +159,15 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
           "max-error", real(o.max_error, 0.1, "0.1"),
           "lsh, restore=expert: bound on the L2 error of every row; 0: bit-exact")(
           "max-error-backward", real(o.max_error_backward, kAsForward, "as forward"),
-          "the same for the two backward exchanges")(
+          "--max-error of the two backward exchanges")(
           "compress-backward", value<string>(o.compress_backward, ""),
-          "the same for the two backward exchanges; default: as forward")(
+          "--compress of the two backward exchanges; default: as forward")(
           "error-reference", value<string>(o.error_reference, ""),
-          "bound relative to the row's norm (row) or the group's rms norm (group), norms cut off at "
+          "bound relative to the row's norm (row) or the group's rms norm (group), norms cut off "
+          "at "
           "three medians; default: row for dispatch, group for the others")(
           "error-reference-backward", value<string>(o.error_reference_backward, ""),
-          "the same for the two backward exchanges; default: as forward")(
+          "--error-reference of the two backward exchanges; default: as forward")(
           "hashes", value<int64_t>(o.hashes, 3), "cross-polytope hashes a row")(
           "hash-dim", value<int64_t>(o.hash_dim, 8), "dimension of each hash")(
           "projection", value<int64_t>(o.projection, 64), "columns of the random projection")(
@@ -192,7 +195,7 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
           "nearest, or without bias: stochastic (fp8, int8, int4), dithered (lsh); default: "
           "nearest, and dithered for lsh's backward exchanges")(
           "rounding-backward", value<string>(o.rounding_backward, ""),
-          "the same for the two backward exchanges; default: as forward")(
+          "--rounding of the two backward exchanges; default: as forward")(
           "codec-on-self", po::bool_switch(&o.codec_on_self),
           "rows for the own rank pass the codec too");
 }
@@ -331,9 +334,11 @@ void validate(const TrainOptions& o, int world_size) {
                   " ranks of the job (every group of ep-size ranks holds all experts): change "
                   "--ep-size or the number of ranks");
   const bool lsh = o.compress == "lsh" || o.compress_backward == "lsh";
-  LSHMOE_VALIDATE(lsh || (o.restore == "expert" && o.codec_state == "batch"), "restore ", o.restore,
-                  " and codec-state ", o.codec_state, " are for --compress lsh, it is ", o.compress,
-                  " (nothing would be clustered): add --compress lsh, or leave them out");
+  const std::string lsh_only = o.restore != "expert"      ? "restore " + o.restore
+                               : o.codec_state != "batch" ? "codec-state " + o.codec_state
+                                                          : "";
+  LSHMOE_VALIDATE(lsh || lsh_only.empty(), lsh_only, " is for --compress lsh, it is ", o.compress,
+                  " (nothing would be clustered): add --compress lsh, or leave it out");
   LSHMOE_VALIDATE(std::isnan(o.max_error_backward) || o.max_error_backward >= 0,
                   "max-error-backward is ", o.max_error_backward, " (must be 0 or positive)");
   validate(forward_codec(o));

@@ -51,7 +51,8 @@ OptionParser::OptionParser(std::string program, std::string description)
     : program_(std::move(program)), description_(std::move(description)) {
   group("General").add_options()("help,h", "print this and exit")(
       "config", po::value<std::string>()->value_name("FILE"),
-      "INI file with any of these options, without dashes; the command line wins");
+      "INI file with any of these options, without dashes (a switch: NAME = true); the command "
+      "line wins");
 }
 
 po::options_description& OptionParser::group(const std::string& title) {
@@ -107,6 +108,11 @@ bool OptionParser::parse(int argc, const char* const* argv, bool print_help) {
   } catch (const po::unknown_option& error) {
     std::string name = error.get_option_name();
     name.erase(0, name.find_first_not_of('-'));
+    if (values.count("config") != 0 && known.find_nothrow(name, false) != nullptr) {
+      throw InvalidArgument(detail::message("'", error.get_option_name(), "' in ", source,
+                                            ": an INI file names options without dashes: write ",
+                                            name));
+    }
     throw InvalidArgument(detail::message("unknown option '", name, "' in ", source, nearest(name),
                                           " (see ", program_, " --help)"));
   } catch (const po::too_many_positional_options_error&) {

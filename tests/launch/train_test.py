@@ -111,7 +111,7 @@ class BadInput(TrainTest):
              r"estimate_alpha needs restore source .*: set it, or"),
             ([*text, "--compress", "lsh", "--max-error-backward", "-1"],
              r"max-error-backward is -1 \(must be 0 or positive\)"),
-            ([*text, "--restore", "source"], r"restore source .* add --compress lsh"),
+            ([*text, "--restore", "source"], r"restore source is for --compress lsh.* add --compress lsh"),
             ([*text, "--compress", "lsh", "--max-error", "-1"], r"max_error.*-1.*(0|positive)"),
         ]
 

@@ -62,6 +62,10 @@ TEST(Options, CommandLineWinsOverFile) {
   write_file_atomically(path, std::string("layer = 7\n"));
   EXPECT_NE(Program().error_of({"--config", path.c_str()}).find("did you mean --layers"),
             std::string::npos);
+  write_file_atomically(path, std::string("--layers = 7\n"));
+  EXPECT_EQ(Program().error_of({"--config", path.c_str()}),
+            "'--layers' in " + path + ": an INI file names options without dashes: write layers");
+  EXPECT_NE(Program().error_of({"---layers", "7"}).find("in the command line"), std::string::npos);
   std::remove(path.c_str());
 }
 
