@@ -110,7 +110,7 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
       "metrics", po::value(&o.metrics)->value_name("FILE"),
       "one JSON object a step (rank 0); /dev/stdout: all else goes to standard error")(
       "trace", po::value(&o.trace)->value_name("FILE"),
-      "a trace per rank for the Perfetto UI; for runs of few steps")(
+      "a trace per rank for the Perfetto UI (t.json: t.rank0.json, ...); for runs of few steps")(
       "nvtx", po::bool_switch(&o.nvtx), "mark the trace's ranges for Nsight, instead of --trace")(
       "progress", value<int64_t>(o.progress, 20), "steps between progress lines; 0: none");
   parser.group("Ranks").add_options()("ep-size", value<int64_t>(o.ep_size, 0),

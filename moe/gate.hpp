@@ -50,7 +50,7 @@ struct GateOptions {
   /// choices that went to expert i, P_i the mean probability. world: those of all ranks in this
   /// forward, P over this rank's, so that the mean over ranks is the loss of the global micro-batch
   /// (a Gate alone knows only its own, see GateImpl::aux_loss). rank: this rank's. sequence: each
-  /// sequence's own, the mean over sequences.
+  /// sequence's own, the mean over sequences; an x [tokens, hidden] is one sequence.
   TORCH_ARG(std::string, aux_loss_scope) = "world";
   TORCH_ARG(double, z_loss_coeff) = 0.0;
   /// sigmoid only: expert_bias += rate * sign(mean load - load) in update_expert_bias().
