@@ -160,7 +160,8 @@ TEST(LanguageModel, LogitsAndLossAreThoseOfTheFormulas) {
   for (int64_t b = 0; b < 2; ++b) {
     const at::Tensor expected = formulas.logits(windows[b].narrow(0, 0, 7));
     EXPECT_GT(largest(expected), 0.5);
-    EXPECT_LT(largest(logits[b].to(at::kDouble) - expected), 1e-5);
+    // The worst of LSHMOE_TEST_SEED=1 ... 1000 was 2.9e-5.
+    EXPECT_LT(largest(logits[b].to(at::kDouble) - expected), 1e-4);
     for (int64_t t = 0; t < 7; ++t) {
       const at::Tensor row = expected[t];
       nats += at::log(at::exp(row).sum()).item<double>() -
