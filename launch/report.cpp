@@ -64,6 +64,8 @@ nlohmann::ordered_json to_json(const StepReport& r, int64_t tokens_per_step) {
           {"max_relative_error", r.max_relative_error},
           {"max_error_ratio", r.max_error_ratio},
           {"expert_load_max_over_mean", r.expert_load_max_over_mean},
+          {"expert_load", r.expert_load},
+          {"dropped_tokens", r.dropped_tokens},
           {"skipped",
            r.skipped.empty() ? nlohmann::ordered_json() : nlohmann::ordered_json(r.skipped)}};
 }

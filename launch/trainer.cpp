@@ -119,6 +119,15 @@ std::string first_not_finite(const std::vector<at::Tensor>& blocks) {
   return "all blocks return finite values";
 }
 
+std::vector<std::vector<int64_t>> rows_of(const at::Tensor& matrix) {
+  std::vector<std::vector<int64_t>> rows;
+  for (int64_t i = 0; i < matrix.size(0); ++i) {
+    const auto* row = matrix[i].const_data_ptr<int64_t>();
+    rows.emplace_back(row, row + matrix.size(1));
+  }
+  return rows;
+}
+
 }  // namespace
 
 double learning_rate(const TrainOptions& o, int64_t step) {
@@ -268,11 +277,14 @@ StepReport Trainer::whole_step(bool stop) {
   report.seconds.optimiser = optimiser_time.seconds();
   report.aux_loss = out.aux_loss;
   const auto layers = static_cast<int64_t>(out.stats.front().size());
-  at::Tensor load = at::zeros({layers, options_.num_experts}, at::kDouble);
+  // [0]: choices, [1]: of those dropped; of each layer and expert.
+  at::Tensor load = at::zeros({2, layers, options_.num_experts}, at::kLong);
   for (const auto& micro_batch : out.stats) {
     for (std::size_t layer = 0; layer < micro_batch.size(); ++layer) {
       add_exchange(report, micro_batch[layer], model_->options.moe());
-      load.select(0, static_cast<int64_t>(layer)).add_(micro_batch[layer].load.cpu());
+      const auto at_layer = static_cast<int64_t>(layer);
+      load[0][at_layer] += micro_batch[layer].load.cpu();
+      load[1][at_layer] += micro_batch[layer].dropped.cpu();
     }
   }
   report.seconds.step = whole.lap();
@@ -295,19 +307,22 @@ StepReport Trainer::whole_step(bool stop) {
     gathered.sum(*field);
   }
   for (double& bytes : report.codec_bytes) gathered.sum(bytes);
-  for (double& count : std::span(load.data_ptr<double>(), static_cast<std::size_t>(load.numel()))) {
-    gathered.sum(count);
-  }
   gathered.max(report.max_relative_error);
   gathered.max(report.max_error_ratio);
   gathered.max(report.codec_state_memory);
   gathered.reduce(*groups_.world);
+  groups_.world->all_reduce(
+      std::span(load.data_ptr<int64_t>(), static_cast<std::size_t>(load.numel())), ReduceOp::sum,
+      Purpose::control);
+  report.expert_load = rows_of(load[0]);
+  report.dropped_tokens = rows_of(load[1]);
   for (double* field : means) *field /= world_size;
   report.bytes_sent = std::accumulate(report.codec_bytes.begin(), report.codec_bytes.end(),
                                       report.plan_bytes + report.codec_state_bytes);
   report.stop = stops > 0;
+  const at::Tensor counts = load[0].to(at::kDouble);
   report.expert_load_max_over_mean =
-      (std::get<0>(load.max(1)) / load.mean(1).clamp_min(1e-300)).max().item<double>();
+      (std::get<0>(counts.max(1)) / counts.mean(1).clamp_min(1e-300)).max().item<double>();
   return report;
 }
 

@@ -48,7 +48,10 @@ struct StepReport {
   double rows = 0, clusters = 0;        ///< given to the codecs; centroids sent
   double max_relative_error = 0, max_error_ratio = 0;
   double expert_load_max_over_mean = 0;  ///< of the least balanced layer
-  bool stop = false;                     ///< some rank was asked to stop
+  /// Of each MoE layer, [num_experts] over the world: tokens that chose the expert; of those,
+  /// tokens that its capacity dropped.
+  std::vector<std::vector<int64_t>> expert_load, dropped_tokens;
+  bool stop = false;  ///< some rank was asked to stop
   /// Given up before its end, because a rank was asked to stop at once. Parameters are as before
   /// it; only `step`, `lr` and `stop` are set.
   bool abandoned = false;

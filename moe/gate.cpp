@@ -306,6 +306,7 @@ GateOutput GateImpl::route(const Tokens& tokens, const at::Tensor& rows,
 
   GateOutput out;
   out.load = counts_of(ids, experts);
+  out.dropped = at::zeros_like(out.load);
   if (is_training() && at::GradMode::is_enabled()) {
     load_since_update_ = load_since_update_.to(out.load.device()) + out.load;
   }
@@ -333,6 +334,7 @@ GateOutput GateImpl::route(const Tokens& tokens, const at::Tensor& rows,
     const at::Tensor keep = fits_capacity(ids, priority, experts, capacity);
     ids = at::where(keep, ids, -1);
     weights = at::where(keep, weights, 0.0);
+    out.dropped = out.load - counts_of(ids, experts);
   }
   out.topk_ids = ids;
   out.topk_weights = weights;
@@ -354,6 +356,7 @@ GateOutput GateImpl::route_custom(const at::Tensor& rows) {
   check("topk_weights", out.topk_weights, dtype);
   check_ids(out.topk_ids, options.num_experts());
   out.load = counts_of(out.topk_ids, options.num_experts());
+  out.dropped = at::zeros_like(out.load);
   out.mean_probability = at::Tensor();
   for (at::Tensor* loss : {&out.aux_loss, &out.z_loss})
     if (!loss->defined()) *loss = out.topk_weights.new_zeros({});

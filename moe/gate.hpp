@@ -92,7 +92,8 @@ struct GateOutput {
                             ///< Differentiable.
   at::Tensor aux_loss;      ///< scalar, scaled by its coefficient; 0 without tokens
   at::Tensor z_loss;        ///< scalar, scaled: coeff * mean(logsumexp(logits)^2)
-  at::Tensor load;  ///< int64 [num_experts], x's device: choices of this rank, before dropping
+  at::Tensor load;     ///< int64 [num_experts], x's device: choices of this rank, before dropping
+  at::Tensor dropped;  ///< int64 [num_experts], beside load: of those, what capacity dropped
   /// [num_experts]: mean over this rank's tokens of the (normalized) scores. Differentiable.
   /// Undefined where aux_loss_coeff is 0, and with a custom gate.
   at::Tensor mean_probability;

@@ -184,6 +184,7 @@ MoEOutput MoELayerImpl::forward(const at::Tensor& x, const RouteInputs& inputs) 
   out.z_loss = routing.z_loss;
   out.stats.load = routing.load;
   out.stats.topk_ids = routing.topk_ids;
+  out.stats.dropped = routing.dropped;
   out.stats.expert_time = timer;
   return out;
 }

@@ -82,6 +82,7 @@ struct MoEStats {
   std::vector<int64_t>
       tokens_per_expert;  ///< [num_local_experts] rows that reached this rank's experts
   at::Tensor load;        ///< int64 [num_experts], x's device: choices of this rank
+  at::Tensor dropped;     ///< the same: of those, what capacity dropped
   at::Tensor topk_ids;    ///< int64 [tokens, top_k], x's device: as GateOutput's; to replay them
   std::shared_ptr<ExchangeStats> exchange;
   std::shared_ptr<const PhaseTimer> expert_time;

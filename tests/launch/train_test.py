@@ -28,7 +28,7 @@ TINY = ("--hidden-size 16 --heads 2 --ffn-hidden-size 16 --dense-ffn-hidden-size
 KEYS = ("step loss eval_loss aux_loss lr grad_norm tokens_per_s step_ms codec_ms codec_state_ms "
         "alltoall_ms expert_ms bytes_sent bytes_raw codec_bytes plan_bytes codec_state_bytes "
         "codec_state_memory codec_state_version rate max_relative_error max_error_ratio "
-        "expert_load_max_over_mean skipped").split()
+        "expert_load_max_over_mean expert_load dropped_tokens skipped").split()
 
 
 def command(args, ranks, program=PROGRAM, mpi_args=()):
@@ -196,6 +196,10 @@ class Files(TrainTest):
             self.assertGreater(min(line["codec_bytes"].values()), 0)
             self.assertLessEqual(line["max_relative_error"], 0.1 * (1 + 1e-6))
             self.assertLessEqual(line["max_error_ratio"], 1.0)
+            (load,), (dropped,) = line["expert_load"], line["dropped_tokens"]
+            self.assertEqual(sum(load), 2 * 2 * 32 * 2)  # ranks, sequences, tokens, top-k
+            self.assertAlmostEqual(line["expert_load_max_over_mean"], max(load) / (sum(load) / 8))
+            self.assertEqual(dropped, [0] * 8)
             parts = line["codec_ms"] + line["alltoall_ms"] + line["expert_ms"]
             self.assertTrue(0 < parts < line["step_ms"])
             # The learned state is fitted at steps 1, 2, 4, ...
@@ -221,6 +225,19 @@ class Files(TrainTest):
                       f"{lines[-1]['codec_state_memory'] / 2**20:.1f} MiB of memory a rank", output)
         shares = re.search(r"  time  .*", output).group()
         self.assertAlmostEqual(sum(map(float, re.findall(r"([\d.]+) %", shares))), 100, delta=0.4)
+
+    def test_dropped_tokens(self):
+        self.train(["--steps", "3", "--capacity-factor", "0.5", "--layers", "4", "--metrics",
+                    self.path("m.jsonl")], ranks=2)
+        for line in self.metrics():
+            self.assertEqual(len(line["expert_load"]), 2)
+            for load, dropped in zip(line["expert_load"], line["dropped_tokens"]):
+                self.assertEqual(sum(load), 2 * 2 * 32 * 2)
+                # Each rank sends an expert 8 of its 64 x 2 / 8 = 16, at most.
+                for chosen, lost in zip(load, dropped):
+                    self.assertGreaterEqual(lost, chosen - 2 * 8)
+                    self.assertLessEqual(lost, chosen)
+                self.assertGreaterEqual(sum(dropped), sum(load) - 8 * 2 * 8)
 
     def test_same_bits(self):
         for ranks in (1, 4):

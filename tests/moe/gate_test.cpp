@@ -280,6 +280,8 @@ TEST_P(CapacityTest, KeepsAtMostCOfEachExpert) {
     EXPECT_TRUE(at::equal(out.topk_ids, at::where(kept, all.topk_ids, -1)));
     EXPECT_TRUE(at::equal(out.topk_weights, at::where(kept, all.topk_weights, 0.0)));
     EXPECT_TRUE(at::equal(out.load, all.load));
+    EXPECT_TRUE(at::equal(out.dropped, all.load - counts));
+    EXPECT_TRUE(at::equal(all.dropped, at::zeros_like(all.load)));
     EXPECT_TRUE(at::equal(out.aux_loss, all.aux_loss));
   }
 }
