@@ -103,8 +103,7 @@ void check_inputs(const at::Tensor& x, const RouteInputs& inputs, const GateOpti
   const at::Tensor& mask = inputs.mask();
   LSHMOE_VALIDATE(!mask.defined() || mask.scalar_type() == at::kBool, "the mask's dtype is ",
                   mask.scalar_type(),
-                  " (must be bool, true where a token takes part; ids to replay are given by "
-                  "RouteInputs().topk_ids(...))");
+                  " (must be bool, true where a token takes part; ids to replay are int64)");
   LSHMOE_VALIDATE(
       !mask.defined() || mask.sizes() == of_tokens || mask.sizes() == at::IntArrayRef(tokens),
       "the mask is ", mask.sizes(), " for input ", x.sizes(),

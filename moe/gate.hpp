@@ -71,10 +71,13 @@ struct GateOptions {
 /// groups that do not fit, options that a custom gate would ignore.
 void validate(const GateOptions& options);
 
-/// What a forward may be given beside x. Made from a mask alone too: forward(x, mask). On any
-/// device; a GPU is waited for.
+/// What a forward may be given beside x. Made from one tensor too: forward(x, mask), or
+/// forward(x, topk_ids) where it is int64. On any device; a GPU is waited for.
 struct RouteInputs {
-  RouteInputs(at::Tensor mask = {}) : mask_(std::move(mask)) {}
+  RouteInputs(const at::Tensor& mask_or_ids = {}) {
+    if (!mask_or_ids.defined()) return;
+    (mask_or_ids.scalar_type() == at::kLong ? topk_ids_ : mask_) = mask_or_ids;
+  }
   /// bool [tokens] or [batch, seq]: true = the token takes part. A masked one (padding) goes to no
   /// expert (ids -1), counts in no loss, load or capacity, comes back as zeros and gets no
   /// gradient, whatever stands in its row. Undefined: all take part.

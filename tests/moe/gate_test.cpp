@@ -544,8 +544,7 @@ TEST(Gate, ReplaysGivenIds) {
       // Its own choice gives the same bits; capacity does not drop what is given.
       const GateOutput own = gate->forward(rows.to(at::kFloat));
       Gate crowded(GateOptions(options).capacity_factor(0.25));
-      const GateOutput again =
-          crowded->forward(rows.to(at::kFloat), RouteInputs().topk_ids(own.topk_ids));
+      const GateOutput again = crowded->forward(rows.to(at::kFloat), own.topk_ids);
       EXPECT_TRUE(at::equal(again.topk_ids, own.topk_ids));
       EXPECT_TRUE(at::equal(again.topk_weights, own.topk_weights));
       EXPECT_TRUE(at::equal(again.aux_loss, own.aux_loss));
@@ -815,7 +814,8 @@ TEST(Gate, RefusesBadInputs) {
   refused(at::zeros({2, 5}), {}, "the gate's input is [2, 5] (must be [tokens, 4]");
   refused(at::zeros({4}), {}, "the gate's input is [4]");
   refused(x, at::ones({6}), "the mask's dtype is Float (must be bool");
-  refused(x, at::ones({6}, at::kLong), "the mask's dtype is Long");
+  refused(x, at::ones({6}, at::kInt), "the mask's dtype is Int");
+  refused(x, at::ones({6}, at::kLong), "topk_ids are Long [6] for input [2, 3, 4]");
   refused(x, at::ones({5}, at::kBool), "the mask is [5] for input [2, 3, 4]");
   refused(x, at::ones({3, 2}, at::kBool), "the mask is [3, 2]");
   const auto ids = [&](const at::Tensor& given, const std::string& text) {
