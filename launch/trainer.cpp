@@ -190,8 +190,14 @@ Trainer::Accumulated Trainer::accumulate(int64_t step) {
 }
 
 void Trainer::abandon_for_gradient(double norm) {
+  // Reduced, they are alike on all ranks: whose they were shows only before that.
+  optimiser_->zero_grad(/*set_to_none=*/false);
+  (void)accumulate(step_);
   run_together(*groups_.world, [&] {
-    for (const auto& item : model_->named_parameters()) {
+    // A backward goes from the last parameters to the first: the last one is next to the cause.
+    auto named = model_->named_parameters().items();
+    std::reverse(named.begin(), named.end());
+    for (const auto& item : named) {
       const at::Tensor& gradient = item.value().grad();
       if (!gradient.defined() || at::isfinite(gradient).all().item<bool>()) continue;
       throw StepAbandoned(StepAbandoned::Reason::not_finite,
@@ -199,7 +205,7 @@ void Trainer::abandon_for_gradient(double norm) {
                                           groups_.world->rank()));
     }
   });
-  // On no rank: finite elements whose squares overflow.
+  // On no rank: their sum, or its square, overflows.
   throw StepAbandoned(StepAbandoned::Reason::not_finite, detail::message("gradient norm ", norm));
 }
 
@@ -211,8 +217,9 @@ StepReport Trainer::step(bool stop) {
     skipped_in_a_row_ = 0;
     return report;
   } catch (const StepAbandoned& error) {
-    // The next backward would add to what this one left.
+    // The next step would add to what this one left.
     optimiser_->zero_grad(/*set_to_none=*/false);
+    discard_step(*model_);
     StepReport report;
     report.step = step_;
     report.lr = learning_rate(options_, step_);

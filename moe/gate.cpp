@@ -391,13 +391,15 @@ at::Tensor GateImpl::aux_loss_of_sequences(const Tokens& tokens, const at::Tenso
          (options.aux_loss_coeff() * static_cast<double>(experts));
 }
 
+void GateImpl::discard_load() { load_since_update_.zero_(); }
+
 void GateImpl::update_expert_bias(Communicator& world) {
   if (!expert_bias.defined()) return;
   const at::NoGradGuard no_grad;
   const at::Tensor load = sum_over(world, load_since_update_).to(at::kDouble);
   expert_bias +=
       options.expert_bias_rate() * at::sign(load.mean() - load).to(expert_bias.options());
-  load_since_update_.zero_();
+  discard_load();
 }
 
 }  // namespace lshmoe

@@ -128,6 +128,9 @@ class GateImpl : public torch::nn::Module {
   /// softmax.
   void update_expert_bias(Communicator& world);
 
+  /// Forgets the loads counted since the last update: those of a step that was abandoned. Local.
+  void discard_load();
+
   // As of any module, but weight and bias become no narrower than fp32.
   using torch::nn::Module::to;
   void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;

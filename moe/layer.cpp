@@ -221,4 +221,8 @@ void end_step(torch::nn::Module& model) {
   }
 }
 
+void discard_step(torch::nn::Module& model) {
+  for (MoELayerImpl* layer : moe_layers(model)) layer->gate->discard_load();
+}
+
 }  // namespace lshmoe

@@ -147,4 +147,9 @@ TORCH_MODULE(MoELayer);
 /// layers, in the same order.
 void end_step(torch::nn::Module& model);
 
+/// Ends a step that was abandoned (runtime/abandon.hpp), in place of end_step(): what its forwards
+/// counted does not move a bias. Local; gradients are the caller's to discard. A learned codec
+/// keeps the rows that it sampled: finite ones, which move bytes, never a bound.
+void discard_step(torch::nn::Module& model);
+
 }  // namespace lshmoe

@@ -544,12 +544,48 @@ TEST(Trainer, NamesTheParameterWhoseGradientIsNotFinite) {
         });
       }
       const std::string skipped = trainer.step(false).skipped;
-      EXPECT_EQ(skipped.find("the gradient of " + name + " is not finite on rank "), 0) << skipped;
+      EXPECT_EQ(skipped,
+                "the gradient of " + name + " is not finite on rank " + std::to_string(last));
       EXPECT_TRUE(equal(copies_of_parameters(trainer), before));
       if (world()->rank() == last) parameter_named(trainer, name).remove_hook(hook);
       EXPECT_EQ(trainer.step(false).skipped, "");
     }
   }
+}
+
+TEST(Trainer, ASkippedStepMovesNoBias) {
+  // The bias update of the step after it counts that step's choices only.
+  const Sequences data;
+  const std::vector<const char*> sigmoid = {"--score-function",
+                                            "sigmoid",
+                                            "--expert-bias-rate",
+                                            "0.01",
+                                            "--skip-nonfinite",
+                                            "1",
+                                            "--lr",
+                                            "1e-30",
+                                            "--min-lr",
+                                            "0"};
+  const auto bias_after_step_2 = [&](bool spoil) {
+    Trainer trainer = make_trainer(options(sigmoid), make_expert_groups(world()), data);
+    const at::Tensor norm = parameter_named(trainer, "final_norm");
+    const at::Tensor healthy = norm.detach().clone();
+    {
+      const at::NoGradGuard no_grad;
+      // Either way step 1 moves no bias: skipped, or its update undone.
+      if (spoil) norm.fill_(std::nan(""));
+    }
+    EXPECT_EQ(trainer.step(false).skipped.empty(), !spoil);
+    const at::NoGradGuard no_grad;
+    norm.copy_(healthy);
+    at::Tensor bias = trainer.model()->named_buffers()["block1_moe.gate.expert_bias"];
+    EXPECT_EQ(bias.abs().max().item<double>() == 0, spoil);
+    bias.zero_();
+    const at::AutoGradMode with_grad(true);
+    EXPECT_EQ(trainer.step(false).skipped, "");
+    return trainer.model()->named_buffers()["block1_moe.gate.expert_bias"].clone();
+  };
+  EXPECT_TRUE(bias_after_step_2(true).equal(bias_after_step_2(false)));
 }
 
 TEST(Trainer, AStepIsAbandonedOnAllRanks) {
