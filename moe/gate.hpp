@@ -49,7 +49,8 @@ struct GateOptions {
   /// Which tokens' choices f counts in aux = coeff * E * sum_i f_i P_i, f_i the share of all
   /// choices that went to expert i, P_i the mean probability. world: those of all ranks in this
   /// forward, P over this rank's, so that the mean over ranks is the loss of the global micro-batch
-  /// (a Gate alone knows only its own, see GateImpl::aux_loss). rank: this rank's. sequence: each
+  /// (a Gate alone knows only its own, see GateImpl::aux_loss; so does a layer in eval(), whose
+  /// forward therefore needs no rank beyond its expert group). rank: this rank's. sequence: each
   /// sequence's own, the mean over sequences; an x [tokens, hidden] is one sequence.
   TORCH_ARG(std::string, aux_loss_scope) = "world";
   TORCH_ARG(double, z_loss_coeff) = 0.0;

@@ -163,7 +163,7 @@ MoEOutput MoELayerImpl::forward(const at::Tensor& x, const RouteInputs& inputs) 
     out.stats.exchange = dispatched.stats;
     out.stats.tokens_per_expert = dispatched.tokens_per_expert;
   }
-  if (options.aux_loss_coeff() > 0 && options.aux_loss_scope() == "world" &&
+  if (is_training() && options.aux_loss_coeff() > 0 && options.aux_loss_scope() == "world" &&
       groups_.world->size() > 1) {
     // The ranks have just met in the exchange: here they wait least for each other. Those of
     // another expert group may have given the step up.

@@ -255,6 +255,16 @@ TEST(Layer, ReplaysTheChoicesOfAnEarlierForward) {
   EXPECT_FALSE(at::equal(layer->forward(x).stats.topk_ids, first.stats.topk_ids));
 }
 
+TEST(Layer, EvaluationNeedsNoRankBeyondItsGroup) {
+  MoELayer layer(small().aux_loss_coeff(0.5), make_expert_groups(world(), 1));
+  layer->eval();
+  if (world()->rank() == 0) {  // alone: the others enter nothing
+    const MoEOutput out = layer->forward(input_of_rank(0, 9, kHidden).rows.to(at::kFloat));
+    EXPECT_GT(out.aux_loss.item<double>(), 0);
+  }
+  world()->barrier();
+}
+
 // The same global batch on 1 rank and on all, in any layout: outputs, losses, reduced gradients.
 TEST(Layer, TheNumberOfRanksChangesNothing) {
   const int ranks = world()->size(), rank = world()->rank();
