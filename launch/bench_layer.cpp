@@ -2,6 +2,7 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <array>
 #include <boost/program_options.hpp>
 #include <cstdio>
@@ -263,13 +264,14 @@ void add(Measured& measured, const Times& times) {
   }
 }
 
-/// Gbit/s of a rank's link below which coding pays: bits saved over the seconds spent coding. 0: it
-/// saves nothing, or nothing is sent.
-double break_even(const Measured& compressed, const Measured& plain, int ranks) {
+/// Gbit/s of a rank's link below which coding pays: bits saved over the seconds spent coding. None:
+/// nothing is sent, or coding took no longer than the plain copies, within the noise. 0: it saves
+/// nothing.
+std::optional<double> break_even(const Measured& compressed, const Measured& plain, int ranks) {
   const double saved = plain.bytes_raw + plain.plan_bytes - compressed.bytes_sent;
   const double seconds = 1e-3 * (compressed.ms("codec") - plain.ms("codec"));
-  if (ranks == 1 || saved <= 0 || seconds <= 0) return 0;
-  return 8e-9 * saved / ranks / seconds;
+  if (ranks == 1 || seconds <= 0) return std::nullopt;
+  return 8e-9 * std::max(0.0, saved) / ranks / seconds;
 }
 
 void report(const LayerBenchOptions& o, const std::vector<Measured>& all, int ranks) {
@@ -292,7 +294,7 @@ void report(const LayerBenchOptions& o, const std::vector<Measured>& all, int ra
       ratios.push_back(own[i] / reference->milliseconds.at("all")[i]);
     }
     const bool codes = o.compress != "none" && &one == &all[1];
-    const double even = codes ? break_even(one, plain, ranks) : 0;
+    const auto even = codes ? break_even(one, plain, ranks) : std::nullopt;
     const double rate = 1e-9 * operations / one.ms("all");
     std::printf("%-22s", one.name.c_str());
     for (const char* phase : {"all", "forward", "backward", "experts", "codec", "exchange"}) {
@@ -303,8 +305,8 @@ void report(const LayerBenchOptions& o, const std::vector<Measured>& all, int ra
       }
     }
     std::printf(" %9.3f %9.3f %10.3f", median(ratios), rate, 1e-6 * one.bytes_sent);
-    if (codes) {
-      std::printf(" %10.2f\n", even);
+    if (even) {
+      std::printf(" %10.2f\n", *even);
     } else {
       std::printf(" %10s\n", "-");
     }
@@ -335,7 +337,7 @@ void report(const LayerBenchOptions& o, const std::vector<Measured>& all, int ra
     json["bytes_sent"] = one.bytes_sent;
     json["bytes_raw"] = one.bytes_raw;
     json["max_error_ratio"] = one.max_error_ratio;
-    json["break_even_gbit_s"] = codes ? nlohmann::ordered_json(even) : nullptr;
+    json["break_even_gbit_s"] = even ? nlohmann::ordered_json(*even) : nullptr;
     lines += json.dump() + "\n";
   }
   if (!o.json.empty()) write_file_atomically(o.json, lines);

@@ -556,14 +556,14 @@ class Signals(TrainTest):
         for ranks, ep_size in ((1, 1), (4, 4), (4, 2)):
             args = ["--accumulate", "100000", "--ep-size", str(ep_size)]
             code, output, seconds = self.stopped_by(signal.SIGTERM, ranks, args, until="tokens\n")
-            self.assertLess(seconds, 5)
+            self.assertLess(seconds, 30)
             self.assertIn("stopped before the first of 1000000 steps was whole", output)
             if ranks == 1:  # mpirun's own is that of the signal
                 self.assertEqual(code, 0, output)
         # The summary is that of the last whole step.
         args = ["--accumulate", "100"]
         code, output, seconds = self.stopped_by(signal.SIGTERM, 4, args, until="step 1/")
-        self.assertLess(seconds, 3)
+        self.assertLess(seconds, 30)
         self.assertRegex(output, r"stopped after step \d of 1000000")
         self.assertIn("training loss", output)
 
