@@ -2,6 +2,7 @@
 
 #include "lshmoe/moe/exchange.hpp"
 #include "lshmoe/moe/layer_number.hpp"
+#include "lshmoe/moe/ops/common.hpp"
 #include "lshmoe/moe/ops/ops.hpp"
 #include "lshmoe/moe/source.hpp"
 #include "lshmoe/runtime/error.hpp"
@@ -52,6 +53,22 @@ void validate(const DispatcherOptions& o, int ep_size) {
   }
 }
 
+namespace {
+
+Dispatched dispatch_rows(const at::Tensor& x, const at::Tensor& topk_ids,
+                         const at::Tensor& topk_weights, const ops::ExchangePtr& exchange) {
+  Dispatched d;
+  at::Tensor tokens_per_expert;
+  std::tie(d.rows, d.row_weights, tokens_per_expert, d.plan) =
+      ops::dispatch(x, topk_weights, topk_ids, exchange);
+  d.tokens_per_expert = ops::to_vector(tokens_per_expert);
+  d.rows_per_expert = ops::to_vector(d.plan.back());
+  d.stats = exchange->stats;
+  return d;
+}
+
+}  // namespace
+
 struct Dispatcher::Impl {
   std::shared_ptr<ExchangeContext> context;
 };
@@ -63,22 +80,14 @@ Dispatcher::Dispatcher(DispatcherOptions options, const ExpertGroups& groups)
 Dispatcher::~Dispatcher() = default;
 
 Dispatched Dispatcher::dispatch(const at::Tensor& x, const at::Tensor& topk_ids,
-                                const at::Tensor& topk_weights) const {
-  const auto exchange =
-      c10::make_intrusive<Exchange>(impl_->context, std::make_shared<ExchangeStats>());
-  if (impl_->context->restores_at_source())
-    return dispatch_centroids(x, topk_ids, topk_weights, exchange);
-  Dispatched d;
-  at::Tensor tokens_per_expert;
-  std::tie(d.rows, d.row_weights, tokens_per_expert, d.plan) =
-      ops::dispatch(x, topk_weights, topk_ids, exchange);
-  const auto to_vector = [](const at::Tensor& t) {
-    return std::vector<int64_t>(t.const_data_ptr<int64_t>(),
-                                t.const_data_ptr<int64_t>() + t.numel());
-  };
-  d.tokens_per_expert = to_vector(tokens_per_expert);
-  d.rows_per_expert = to_vector(d.plan.back());
-  d.stats = exchange->stats;
+                                const at::Tensor& topk_weights, const at::Tensor& counts) const {
+  const auto sums = counts.defined() ? counts_to_sum(counts) : nullptr;
+  const auto exchange = c10::make_intrusive<Exchange>(
+      impl_->context, std::make_shared<ExchangeStats>(), /*requires_grad=*/false, sums);
+  Dispatched d = impl_->context->restores_at_source()
+                     ? dispatch_centroids(x, topk_ids, topk_weights, exchange)
+                     : dispatch_rows(x, topk_ids, topk_weights, exchange);
+  if (sums != nullptr) d.counts = at::tensor(*sums, at::kLong);
   return d;
 }
 

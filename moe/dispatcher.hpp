@@ -88,6 +88,7 @@ struct Dispatched {
   at::Tensor row_weights;
   std::vector<int64_t> tokens_per_expert;  ///< [num_local_experts], host, without padding
   std::vector<int64_t> rows_per_expert;    ///< [num_local_experts], host, with padding
+  at::Tensor counts;  ///< int64 [n] on the CPU: the group's sums of those given; else undefined
   std::shared_ptr<ExchangeStats> stats;
   std::vector<at::Tensor> plan;  ///< opaque: tensors that describe the way back
 };
@@ -116,8 +117,11 @@ class Dispatcher {
   /// ep_size 1 may end the step at ep_size 2.
   /// On a GPU: x and topk_weights are there, topk_ids too or on the CPU; ids and weights are copied
   /// to the host, once, to make the plan. Rows and weights are made on the current stream.
+  /// counts int64 [n], 0 .. 2^31 - 1, on any device, n equal on all ranks: summed over the group in
+  /// the message that announces the rows, 4 n bytes to each rank and no wait of its own.
   [[nodiscard]] Dispatched dispatch(const at::Tensor& x, const at::Tensor& topk_ids,
-                                    const at::Tensor& topk_weights) const;
+                                    const at::Tensor& topk_weights,
+                                    const at::Tensor& counts = {}) const;
 
   /// Multiplies by the gate weights, sums each token's experts in fp32, brings the sums back.
   /// expert_output [rows, hidden_size] in the order of dispatched.rows. Returns [tokens,

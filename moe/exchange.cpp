@@ -17,7 +17,8 @@ namespace lshmoe {
 namespace {
 
 /// First part of what every rank tells every other before an exchange; behind it {rows, parcel
-/// bytes} of each group. Trivially copyable: it travels as it lies in memory.
+/// bytes} of each group, then the counts, int32. Trivially copyable: it travels as it lies in
+/// memory.
 struct CallHeader {
   std::uint8_t version = 2;
   std::uint8_t direction = 0;
@@ -226,6 +227,19 @@ std::string ExchangeContext::name_of_rank(int64_t rank) const {
   return "rank " + std::to_string(comm->world_rank(static_cast<int>(rank)));
 }
 
+std::shared_ptr<std::vector<int64_t>> counts_to_sum(const at::Tensor& counts) {
+  LSHMOE_VALIDATE(counts.dim() == 1 && counts.scalar_type() == at::kLong, "counts is ",
+                  counts.scalar_type(), " ", counts.sizes(), " (must be int64 [n])");
+  const at::Tensor host = counts.to(at::kCPU).contiguous();
+  const auto* values = host.const_data_ptr<int64_t>();
+  auto sum = std::make_shared<std::vector<int64_t>>(values, values + host.numel());
+  for (const int64_t count : *sum) {
+    LSHMOE_VALIDATE(count >= 0 && count <= std::numeric_limits<std::int32_t>::max(),
+                    "counts holds ", count, " (must be 0 to 2^31 - 1)");
+  }
+  return sum;
+}
+
 void add_codec_stats(DirectionStats& stats, const CodecStats& codec) {
   stats.rows += codec.rows;
   stats.clusters += codec.clusters;
@@ -247,11 +261,15 @@ struct Exchange::Bytes {
 };
 
 Exchange::Exchange(std::shared_ptr<ExchangeContext> context,
-                   std::shared_ptr<ExchangeStats> forward_stats, bool has_backward)
-    : requires_grad(has_backward), stats(std::move(forward_stats)), context_(std::move(context)) {}
+                   std::shared_ptr<ExchangeStats> forward_stats, bool has_backward,
+                   std::shared_ptr<std::vector<int64_t>> counts)
+    : requires_grad(has_backward),
+      stats(std::move(forward_stats)),
+      context_(std::move(context)),
+      counts_(std::move(counts)) {}
 
 c10::intrusive_ptr<Exchange> Exchange::for_call(bool has_backward) const {
-  return c10::make_intrusive<Exchange>(context_, stats, has_backward);
+  return c10::make_intrusive<Exchange>(context_, stats, has_backward, counts_);
 }
 
 RowsIn Exchange::swap(const RowsOut& out) {
@@ -328,8 +346,13 @@ RowsIn Exchange::swap(const RowsOut& out) {
   mine.num_experts = static_cast<std::int32_t>(c.options.num_experts());
   mine.top_k = static_cast<std::int32_t>(out.top_k);
   mine.groups = static_cast<std::int32_t>(groups);
+  const bool has_counts = out.direction == Direction::dispatch && counts_ != nullptr;
+  const std::vector<std::int32_t> counts =
+      has_counts ? std::vector<std::int32_t>(counts_->begin(), counts_->end())
+                 : std::vector<std::int32_t>();
+  const std::size_t count_bytes = counts.size() * sizeof(std::int32_t);
   const std::size_t header_bytes =
-      sizeof(CallHeader) + static_cast<std::size_t>(groups) * sizeof(GroupHeader);
+      sizeof(CallHeader) + static_cast<std::size_t>(groups) * sizeof(GroupHeader) + count_bytes;
   std::vector<std::byte> headers(header_bytes * static_cast<std::size_t>(ranks));
   Bytes bytes(static_cast<std::size_t>(ranks));
   for (int64_t r = 0; r < ranks; ++r) {
@@ -350,6 +373,7 @@ RowsIn Exchange::swap(const RowsOut& out) {
       std::memcpy(to, &group, sizeof group);
       parcels += group.parcel_bytes;
     }
+    if (has_counts) std::memcpy(to, counts.data(), count_bytes);
     bytes.attachments_out[i] = header.attachment_bytes;
     bytes.parcels_out[i] = parcels;
     if (r != own) {
@@ -376,6 +400,7 @@ RowsIn Exchange::swap(const RowsOut& out) {
     std::memcpy(&header, peers.data() + static_cast<std::size_t>(r) * header_bytes, sizeof header);
     throw_if_abandoned(mine, header, c.name_of_rank(r));
   }
+  if (has_counts) std::fill(counts_->begin(), counts_->end(), 0);
   in.rows_per_group.resize(out.rows_per_group.size());
   in.parcel_bytes.resize(out.rows_per_group.size());
   in.assignments.resize(static_cast<std::size_t>(ranks));
@@ -415,6 +440,12 @@ RowsIn Exchange::swap(const RowsOut& out) {
       rows += group.rows;
       parcels += group.parcel_bytes;
       check(parcels <= kMost, parcels, " bytes of rows");
+    }
+    for (std::size_t n = 0; n < counts.size(); ++n, from += sizeof(std::int32_t)) {
+      std::int32_t count = 0;
+      std::memcpy(&count, from, sizeof count);
+      check(count >= 0, "a count of ", count);
+      (*counts_)[n] += count;
     }
     check(header.assignments >= 0 && header.assignments <= kMost, header.assignments,
           " assignments");

@@ -71,6 +71,9 @@ class ExchangeContext {
   std::optional<at::Stream> exchange_stream_;  // made when first asked for
 };
 
+/// The counts of an Exchange from int64 [n] on any device. Throws InvalidArgument.
+[[nodiscard]] std::shared_ptr<std::vector<int64_t>> counts_to_sum(const at::Tensor& counts);
+
 /// Adds what one encode call did; swap() does it for the parcels that it makes.
 void add_codec_stats(DirectionStats& stats, const CodecStats& codec);
 
@@ -116,9 +119,11 @@ class Exchange : public torch::CustomClassHolder {
  public:
   /// `stats`: those of the forward that this belongs to; null: nobody asks. requires_grad: this
   /// forward has a backward; the ranks check that they agree, or some would never enter its
-  /// exchanges.
+  /// exchanges. `counts`: this rank's, 0 .. 2^31 - 1, as many on every rank; null: none. The
+  /// dispatch sends them along with its sizes and leaves the group's sums in their place.
   explicit Exchange(std::shared_ptr<ExchangeContext> context,
-                    std::shared_ptr<ExchangeStats> stats = nullptr, bool requires_grad = false);
+                    std::shared_ptr<ExchangeStats> stats = nullptr, bool requires_grad = false,
+                    std::shared_ptr<std::vector<int64_t>> counts = nullptr);
   /// The same for a call of an op whose inputs do, or do not, require gradients.
   [[nodiscard]] c10::intrusive_ptr<Exchange> for_call(bool requires_grad) const;
 
@@ -149,6 +154,7 @@ class Exchange : public torch::CustomClassHolder {
               bool whole) const;
 
   std::shared_ptr<ExchangeContext> context_;
+  std::shared_ptr<std::vector<int64_t>> counts_;
 };
 
 }  // namespace lshmoe

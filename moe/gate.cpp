@@ -307,6 +307,7 @@ GateOutput GateImpl::route(const Tokens& tokens, const at::Tensor& rows,
   out.load = counts_of(ids, experts);
   out.dropped = at::zeros_like(out.load);
   if (is_training() && at::GradMode::is_enabled()) {
+    const std::lock_guard lock(load_mutex_);
     load_since_update_ = load_since_update_.to(out.load.device()) + out.load;
   }
 
@@ -391,7 +392,10 @@ at::Tensor GateImpl::aux_loss_of_sequences(const Tokens& tokens, const at::Tenso
          (options.aux_loss_coeff() * static_cast<double>(experts));
 }
 
-void GateImpl::discard_load() { load_since_update_.zero_(); }
+void GateImpl::discard_load() {
+  const std::lock_guard lock(load_mutex_);
+  load_since_update_.zero_();
+}
 
 void GateImpl::update_expert_bias(Communicator& world) {
   if (!expert_bias.defined()) return;

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
@@ -143,6 +144,7 @@ class GateImpl : public torch::nn::Module {
 
  private:
   struct Tokens;
+  std::mutex load_mutex_;  // threads may share a layer's forward
   at::Tensor load_since_update_;
   torch::nn::AnyModule custom_;
 

@@ -143,14 +143,22 @@ MoEOutput MoELayerImpl::forward(const at::Tensor& x, const RouteInputs& inputs) 
   const auto timer = std::make_shared<PhaseTimer>();
   MoEOutput out;
   at::Tensor output;
+  // The load rides with the dispatch, so that the aux loss waits for nobody; only other expert
+  // groups are asked by a message of its own.
+  const bool world_load = is_training() && options.aux_loss_coeff() > 0 &&
+                          options.aux_loss_scope() == "world" && groups_.world->size() > 1;
+  at::Tensor load = world_load ? routing.load : at::Tensor();
   if (options.overlap_degree() > 1) {
     out.stats.exchange = std::make_shared<ExchangeStats>();
+    const auto counts = world_load ? counts_to_sum(load) : nullptr;
     output = overlapped_experts(tokens, routing.topk_ids, routing.topk_weights, *experts,
                                 options.overlap_degree(), dispatcher_->context(),
-                                out.stats.exchange, timer, out.stats.tokens_per_expert);
+                                out.stats.exchange, timer, out.stats.tokens_per_expert, counts);
+    if (world_load) load = at::tensor(*counts, at::kLong);
   } else {
     const Dispatched dispatched =
-        dispatcher_->dispatch(tokens, routing.topk_ids, routing.topk_weights);
+        dispatcher_->dispatch(tokens, routing.topk_ids, routing.topk_weights, load);
+    load = dispatched.counts;
     const at::Device device = tokens.device();
     timer->start(device);
     const at::Tensor expert_output = run_experts(dispatched.rows, dispatched.rows_per_expert);
@@ -163,12 +171,12 @@ MoEOutput MoELayerImpl::forward(const at::Tensor& x, const RouteInputs& inputs) 
     out.stats.exchange = dispatched.stats;
     out.stats.tokens_per_expert = dispatched.tokens_per_expert;
   }
-  if (is_training() && options.aux_loss_coeff() > 0 && options.aux_loss_scope() == "world" &&
-      groups_.world->size() > 1) {
-    // The ranks have just met in the exchange: here they wait least for each other. Those of
-    // another expert group may have given the step up.
-    if (groups_.expert->size() < groups_.world->size()) go_on_together(*groups_.world);
-    routing.aux_loss = gate->aux_loss(routing, sum_over(*groups_.world, routing.load));
+  if (world_load) {
+    if (groups_.replica->size() > 1) {
+      go_on_together(*groups_.world);  // another expert group may have given the step up
+      load = sum_over(*groups_.replica, load);
+    }
+    routing.aux_loss = gate->aux_loss(routing, load);
   }
   if (!shared_expert_.is_empty()) {
     // By where, not by a product: a masked row may hold NaN.

@@ -105,8 +105,9 @@ class MoELayerImpl : public torch::nn::Module {
   /// x [tokens, hidden] or [batch, seq, hidden]; tokens may differ per rank, or be 0. inputs: a
   /// mask of padding, ids to replay; forward(x, mask) is enough for the first. Masked tokens come
   /// back as zeros. Collective over groups.expert, and so is its backward; the forward over
-  /// groups.world too in training where aux_loss_coeff > 0 and aux_loss_scope is world (one
-  /// all_reduce of num_experts integers). Keeps no state of the forward: several forwards before a
+  /// groups.world too in training where aux_loss_coeff > 0, aux_loss_scope is world and there are
+  /// several expert groups (one all_reduce of num_experts integers between them; inside a group
+  /// they ride with the dispatch). Keeps no state of the forward: several forwards before a
   /// backward, accumulation and recomputation give the right gradients. Throws InvalidArgument as
   /// the gate does; rows with NaN or infinity: see Dispatcher::dispatch. Several expert groups:
   /// forward and backward go through run_together (comm/agreement.hpp).

@@ -279,7 +279,8 @@ at::Tensor overlapped_experts(const at::Tensor& x, const at::Tensor& topk_ids,
                               int64_t degree, const std::shared_ptr<ExchangeContext>& context,
                               const std::shared_ptr<ExchangeStats>& stats,
                               const std::shared_ptr<PhaseTimer>& timer,
-                              std::vector<int64_t>& tokens_per_expert) {
+                              std::vector<int64_t>& tokens_per_expert,
+                              const std::shared_ptr<std::vector<int64_t>>& counts) {
   const FfnWeights weights = experts.weights(x.scalar_type());
   const auto state = c10::make_intrusive<Chunks>();
   state->context = context;
@@ -296,7 +297,8 @@ at::Tensor overlapped_experts(const at::Tensor& x, const at::Tensor& topk_ids,
     Chunk& chunk = state->chunks.emplace_back();
     chunk.first = x.size(0) * c / degree;
     chunk.tokens = x.size(0) * (c + 1) / degree - chunk.first;
-    chunk.dispatch = c10::make_intrusive<Exchange>(context, stats, state->input_gradients);
+    chunk.dispatch = c10::make_intrusive<Exchange>(context, stats, state->input_gradients,
+                                                   c == 0 ? counts : nullptr);
     chunk.combine = c10::make_intrusive<Exchange>(context, stats, has_backward);
   }
   const auto optional = [](const at::Tensor& tensor) {

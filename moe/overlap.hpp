@@ -25,12 +25,11 @@ constexpr int64_t kRowTile = 4;
 /// x [tokens, hidden], topk_ids int64 and topk_weights [tokens, k] as Dispatcher::dispatch takes
 /// them. Differentiable in x, topk_weights and the experts' parameters. Collective over the expert
 /// group, and so is its backward. tokens_per_expert [num_local_experts]: added up over the chunks.
-[[nodiscard]] at::Tensor overlapped_experts(const at::Tensor& x, const at::Tensor& topk_ids,
-                                            const at::Tensor& topk_weights,
-                                            const ExpertsImpl& experts, int64_t degree,
-                                            const std::shared_ptr<ExchangeContext>& context,
-                                            const std::shared_ptr<ExchangeStats>& stats,
-                                            const std::shared_ptr<PhaseTimer>& timer,
-                                            std::vector<int64_t>& tokens_per_expert);
+/// counts: null, or what becomes the group's sums (see Exchange).
+[[nodiscard]] at::Tensor overlapped_experts(
+    const at::Tensor& x, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
+    const ExpertsImpl& experts, int64_t degree, const std::shared_ptr<ExchangeContext>& context,
+    const std::shared_ptr<ExchangeStats>& stats, const std::shared_ptr<PhaseTimer>& timer,
+    std::vector<int64_t>& tokens_per_expert, const std::shared_ptr<std::vector<int64_t>>& counts);
 
 }  // namespace lshmoe

@@ -417,7 +417,9 @@ class LayerTest(unittest.TestCase):
         lines, _ = self.measure(["--aux-loss", "--compress", "fp8"], ranks=2)
         self.assertEqual([line["variant"] for line in lines[2:4]],
                          ["aux loss of rank", "aux loss of world"])
-        self.assertEqual(lines[3]["bytes_sent"], lines[0]["bytes_sent"])
+        self.assertEqual(lines[2]["bytes_sent"], lines[0]["bytes_sent"])
+        # Each of the two tells the other its load: an int32 an expert.
+        self.assertEqual(lines[3]["bytes_sent"], lines[0]["bytes_sent"] + 2 * 4 * 8)
 
     def test_refuses(self):
         for args, text in ((["--dtype", "fp16"], "unknown dtype 'fp16'"),

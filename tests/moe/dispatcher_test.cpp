@@ -239,6 +239,34 @@ TEST(Dispatcher, LshWithoutErrorIsBitExact) {
   EXPECT_TRUE(at::equal(results[0], results[1]));
 }
 
+TEST(Dispatcher, CountsAreSummedOverTheGroup) {
+  const ExpertGroups groups = make_expert_groups(world());
+  const int64_t ranks = world()->size(), rank = world()->rank();
+  for (const char* restore : {"expert", "source"}) {
+    SCOPED_TRACE(restore);
+    const Dispatcher dispatcher(
+        DispatcherOptions(kHidden, kExperts).codec(CodecOptions().restore(restore)), groups);
+    const auto dispatched = [&](const at::Tensor& counts) {
+      return dispatcher.dispatch(at::ones({2, kHidden}), at::tensor({0, 7}, at::kLong).view({2, 1}),
+                                 at::ones({2, 1}), counts);
+    };
+    EXPECT_FALSE(dispatched({}).counts.defined());
+    const std::uint64_t calls = groups.expert->traffic().calls;
+    const int64_t most = (int64_t{1} << 31) - 1;
+    const Dispatched d = dispatched(at::tensor({rank, 10 + rank, most}, at::kLong));
+    const int64_t sum = ranks * (ranks - 1) / 2;
+    EXPECT_TRUE(at::equal(d.counts, at::tensor({sum, 10 * ranks + sum, ranks * most}, at::kLong)))
+        << d.counts;
+    EXPECT_EQ(groups.expert->traffic().calls - calls, ranks > 1 ? 2U : 0U);  // sizes and rows
+    expect_error("counts is Int [1] (must be int64 [n])",
+                 [&] { (void)dispatched(at::zeros({1}, at::kInt)); });
+    expect_error("counts holds -1 (must be 0 to 2^31 - 1)",
+                 [&] { (void)dispatched(at::full({1}, -1, at::kLong)); });
+    expect_error("counts holds 2147483648",
+                 [&] { (void)dispatched(at::full({1}, most + 1, at::kLong)); });
+  }
+}
+
 TEST(Dispatcher, RefusesBadInput) {
   const ExpertGroups groups = make_expert_groups(world());
   const at::Tensor x = at::zeros({2, kHidden}), ids = at::zeros({2, 1}, at::kLong),

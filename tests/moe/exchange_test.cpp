@@ -22,7 +22,7 @@ using testing::expect_error;
 constexpr int64_t kTokens = 5, kHidden = 40, kExperts = 4;
 
 /// Forward and backward of one dispatch and combine: eight collectives, in pairs of sizes and rows.
-void exchange(const CodecOptions& codec, EchoPeer::Tamper tamper) {
+void exchange(const CodecOptions& codec, EchoPeer::Tamper tamper, const at::Tensor& counts = {}) {
   ExpertGroups groups;
   groups.expert = std::make_shared<EchoPeer>(std::move(tamper));
   const Dispatcher dispatcher(DispatcherOptions(kHidden, kExperts).layer(0).codec(codec), groups);
@@ -33,8 +33,11 @@ void exchange(const CodecOptions& codec, EchoPeer::Tamper tamper) {
                            .view({kTokens, kHidden})
                            .set_requires_grad(true);
   const at::Tensor weights = at::full({kTokens, 2}, 0.5F).set_requires_grad(true);
-  const Dispatched d = dispatcher.dispatch(x, ids, weights);
+  const Dispatched d = dispatcher.dispatch(x, ids, weights, counts);
   ASSERT_EQ(d.rows.size(1), kHidden);
+  if (counts.defined()) {
+    EXPECT_TRUE(at::equal(d.counts, 2 * counts));
+  }
   const at::Tensor y = dispatcher.combine(2 * d.rows, d);
   y.backward(at::ones_like(y));
   EXPECT_EQ(y.sizes(), x.sizes());
@@ -92,6 +95,22 @@ TEST(Exchange, AnnouncedNumbersAreChecked) {
         }
       }
     }
+  }
+}
+
+TEST(Exchange, CountsAreChecked) {
+  for (const auto& [name, codec] : codecs()) {
+    SCOPED_TRACE(name);
+    const at::Tensor counts = at::tensor({3, 0, 5}, at::kLong);
+    exchange(codec, {}, counts);
+    expect_error<CommError>("rank 1 announces a count of -1", [&] {
+      exchange(
+          codec,
+          [](int call, Purpose, auto& answer) {  // the last count
+            if (call == 0) std::fill_n(answer.end() - 4, 4, std::byte{0xff});
+          },
+          counts);
+    });
   }
 }
 

@@ -265,6 +265,28 @@ TEST(Layer, EvaluationNeedsNoRankBeyondItsGroup) {
   world()->barrier();
 }
 
+TEST(Layer, TheWorldsLoadRidesWithTheDispatch) {
+  for (const int64_t overlap : {1, 2}) {
+    std::array<std::uint64_t, 2> calls{}, bytes{};
+    const ExpertGroups groups = make_expert_groups(world());
+    for (const bool with_loss : {false, true}) {
+      MoELayer layer(small().overlap_degree(overlap).aux_loss_coeff(with_loss ? 0.5 : 0), groups);
+      const auto traffic = [&] {
+        Traffic all = groups.expert->traffic();
+        all.calls += groups.world->traffic().calls + groups.replica->traffic().calls;
+        all.bytes_sent += groups.world->traffic().bytes_sent;
+        return all;
+      };
+      const Traffic before = traffic();
+      (void)layer->forward(own_input(12).rows.to(at::kFloat));
+      calls[with_loss] = traffic().calls - before.calls;
+      bytes[with_loss] = traffic().bytes_sent - before.bytes_sent;
+    }
+    EXPECT_EQ(calls[1], calls[0]);
+    EXPECT_EQ(bytes[1] - bytes[0], 4U * 8 * (world()->size() - 1));  // int32 of 8 experts
+  }
+}
+
 // The same global batch on 1 rank and on all, in any layout: outputs, losses, reduced gradients.
 TEST(Layer, TheNumberOfRanksChangesNothing) {
   const int ranks = world()->size(), rank = world()->rank();

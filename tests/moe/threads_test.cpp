@@ -9,6 +9,7 @@
 
 #include "lshmoe/moe/dispatcher.hpp"
 #include "lshmoe/moe/exchange.hpp"
+#include "lshmoe/moe/gate.hpp"
 #include "tests/support/echo_peer.hpp"
 #include "tests/support/errors.hpp"
 #include "tests/support/main.hpp"
@@ -48,6 +49,25 @@ void in_threads(Work work) {
   std::vector<std::thread> threads;
   for (int t = 0; t < kThreads; ++t) threads.emplace_back([&work, t] { work(t); });
   for (std::thread& thread : threads) thread.join();
+}
+
+// Each thread chooses its own expert as often as the others do, so that the bias stays where it is.
+TEST(Threads, OneGateCountsTheLoadOfAll) {
+  Gate gate(GateOptions(kHidden, kThreads)
+                .top_k(1)
+                .score_function("sigmoid")
+                .expert_bias_rate(1)
+                .layer(0));
+  const at::Tensor x = at::ones({3, kHidden});
+  in_threads([&](int t) {
+    const at::Tensor ids = at::full({3, 1}, t, at::kLong);
+    for (int call = 0; call < 10 * kCalls; ++call) (void)gate->forward(x, ids);
+  });
+  gate->update_expert_bias(*world());
+  EXPECT_TRUE(at::equal(gate->expert_bias, at::zeros({kThreads}))) << gate->expert_bias;
+  (void)gate->forward(x, at::zeros({3, 1}, at::kLong));
+  gate->update_expert_bias(*world());
+  EXPECT_TRUE(at::equal(gate->expert_bias, at::tensor({-1.F, 1.F, 1.F, 1.F}))) << gate->expert_bias;
 }
 
 // Each rank is its own expert group. The results are those of one thread, to the bit.
