@@ -1,9 +1,9 @@
 """Runs the CUDA tests and the GPU benchmarks and writes one JSON and one text report.
 
 What tells most runs first, and the reports are written after each item: a run that is cut off
-leaves what it had.
+leaves what it had. SIGTERM, SIGINT and SIGHUP end what runs, and the check, with such a report.
 
-Exit status: 0 all passed; 1 something failed, ran too long, or found no time; 2 it could not be
+Exit status: 0 all passed; 1 something failed, ran too long, found no time, or was stopped; 2 it could not be
 started (there is a GPU that programs cannot use, or the pack does not fit); 77 there is no GPU, and
 nothing failed: what was skipped is reported as skipped.
 """
@@ -72,6 +72,16 @@ COMPAT_FOLDER = "/usr/local/cuda/compat"
 # Why tests may skip beside a GPU: there are too few of them, or of ranks.
 TOO_FEW = re.compile(r"\d+ GPUs for its \d+ ranks|needs peers|needs \d+ ranks|\bone rank\b")
 NO_DEVICE = re.compile(r"^no (GPU|CUDA device)")
+
+
+# Names of the signals that asked this process to end.
+stopped_by = []
+
+
+def stop_on_signals():
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, lambda number, _: stopped_by.append(signal.Signals(number).name))
 
 
 def fail(text):
@@ -252,6 +262,21 @@ def judge_tests(report, output, code, gpu):
     return "passed" if passed else "skipped"
 
 
+def wait(process, seconds):
+    """Its exit status, and whether it was ended: after these seconds, or by a signal to this one."""
+    end = time.monotonic() + seconds
+    while process.poll() is None:
+        if stopped_by or time.monotonic() >= end:
+            os.killpg(process.pid, signal.SIGTERM)  # mpirun ends its ranks, which lead groups
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+            return process.wait(), True
+        time.sleep(0.02)
+    return process.returncode, False
+
+
 def run_item(item, environment, seconds, prefix, gpu=None):
     """Its entry of the report; gpu: the GPU's name, which it must use."""
     report = {"name": item["name"], "kind": item["kind"], "limit_seconds": seconds}
@@ -266,17 +291,7 @@ def run_item(item, environment, seconds, prefix, gpu=None):
                                        env=own, start_new_session=True)
         except OSError as error:
             return {**report, "status": "failed", "seconds": 0.0, "output": str(error)}
-        late = False
-        try:
-            code = process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            late = True
-            os.killpg(process.pid, signal.SIGTERM)  # mpirun ends its ranks, which lead groups
-            try:
-                process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
+        code, ended = wait(process, seconds)
         log.seek(0)
         output = log.read()
     report["seconds"] = round(time.monotonic() - start, 2)
@@ -295,9 +310,9 @@ def run_item(item, environment, seconds, prefix, gpu=None):
         report["reason"] = " ".join(output.split())
     else:
         report["status"] = judge_tests(report, output, code, gpu)
-    if late:
-        report["status"] = "timed out"
-    if report["status"] in ("failed", "timed out"):
+    if ended:
+        report["status"] = "stopped" if stopped_by else "timed out"
+    if report["status"] in ("failed", "timed out", "stopped"):
         report["output"] = output[-TAIL:]
     return report
 
@@ -421,6 +436,7 @@ def main():
         print(f"check: {verdict}; {os.path.join(o.out, 'check.txt')}")
         return status
 
+    stop_on_signals()
     nodes = glob.glob(DEVICE_NODES)
     if gpu is None and nodes:
         return end(f"not started: there is {nodes[0]}, but {why} (the driver's libraries are not "
@@ -443,6 +459,8 @@ def main():
         report["items"].append(one)
         report["seconds"] = round(time.monotonic() - start, 1)
         write_reports(o.out, report)
+        if stopped_by:
+            return end("stopped by " + stopped_by[0], 1)
         if gpu and item["kind"] == "probe" and one["status"] != "passed":
             return end(f"not started: the driver names {gpu}, but a small CUDA program {one['status']}"
                        f" ({one['reason'] or 'no output'})", 2)

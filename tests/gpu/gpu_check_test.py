@@ -7,10 +7,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -58,6 +60,15 @@ def driver_in(folder, source=DRIVER):
     os.makedirs(folder, exist_ok=True)
     compiled(source, os.path.join(folder, "libcuda.so.1"), "-shared", "-fPIC")
     return folder
+
+
+def lives(pid):
+    """Whether a process runs; one that nobody has waited for yet does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def report_in(folder):
@@ -201,18 +212,24 @@ class Machine(unittest.TestCase):
     def script(self, name, text, kind="test"):
         self.items.append(self.item(name, kind, ["sh", "-c", text, "{json}"]))
 
-    def check(self, *args, environment=None, before="pass"):
-        """(exit status, report) of check.py, with Python before its start."""
+    def start_check(self, *args, environment=None, before="pass"):
+        """check.py, with Python before its start."""
         with open(os.path.join(self.pack, "items.json"), "w") as file:
             json.dump(self.items, file)
         program = f"import sys; sys.path.insert(0, {HERE!r}); sys.dont_write_bytecode = True; " \
                   f"import check; {before}; sys.exit(check.main())"
         if environment is None:
             environment = {"LD_LIBRARY_PATH": self.driver}
-        job = run(sys.executable, "-c", program, "--pack", self.pack, "--out", self.out, *args,
-                  env={**os.environ, **environment})
-        self.assertIn(job.returncode, (0, 1, 2, check.NO_GPU), job.stdout + job.stderr)
-        self.assertTrue(os.path.exists(self.out), job.stdout + job.stderr)
+        return subprocess.Popen([sys.executable, "-c", program, "--pack", self.pack, "--out",
+                                 self.out, *args], env={**os.environ, **environment}, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def check(self, *args, **more):
+        """(exit status, report) of check.py."""
+        job = self.start_check(*args, **more)
+        output, _ = job.communicate()
+        self.assertIn(job.returncode, (0, 1, 2, check.NO_GPU), output)
+        self.assertTrue(os.path.exists(self.out), output)
         return job.returncode, report_in(self.out)
 
     def test_programs_find_the_driver_where_the_machine_says(self):
@@ -260,6 +277,38 @@ class Machine(unittest.TestCase):
         self.assertEqual([item["name"] for item in seen["items"]], ["gpu/probe"])
         self.assertIn("cut off", seen["verdict"])
         self.assertEqual(report["verdict"], "passed")
+
+    def test_signals_end_what_runs(self):
+        self.script("first", "echo '[       OK ] A.b (1 ms)'")
+        # A program and its child; then one that takes no SIGTERM.
+        self.script("second", f"echo line; sleep 61 & echo $$ $! > {self.folder}/pids; wait")
+        self.script("third", "echo '[       OK ] A.b (1 ms)'")
+        for number, ignore in ((signal.SIGTERM, ""), (signal.SIGINT, ""), (signal.SIGHUP, "trap '' TERM; ")):
+            self.items[2]["command"][2] = ignore + self.items[2]["command"][2].removeprefix(ignore)
+            pids = os.path.join(self.folder, "pids")
+            if os.path.exists(pids):
+                os.remove(pids)
+            job = self.start_check()
+            deadline = time.monotonic() + 60
+            while not (os.path.exists(pids) and os.path.getsize(pids)):
+                self.assertLess(time.monotonic(), deadline)
+                time.sleep(0.02)
+            job.send_signal(number)
+            output, _ = job.communicate(timeout=30)
+            deadline = time.monotonic() + 5
+            report = report_in(self.out)
+            self.assertEqual(job.returncode, 1, output)
+            self.assertEqual(report["verdict"], f"stopped by {number.name}")
+            self.assertEqual([(item["name"], item["status"]) for item in report["items"]],
+                             [("gpu/probe", "passed"), ("first", "passed"), ("second", "stopped")])
+            self.assertIn("line", report["items"][2]["output"])
+            with open(os.path.join(self.out, "check.txt")) as text:
+                self.assertIn("stopped    second", text.read())
+            with open(pids) as file:
+                for pid in file.read().split():
+                    while lives(pid):
+                        self.assertLess(time.monotonic(), deadline, f"{pid} lives on after {number}")
+                        time.sleep(0.02)
 
     def test_what_skips_beside_a_gpu_failed(self):
         skipped = "echo '{}'; echo '[  SKIPPED ] A.c (0 ms)'; "
