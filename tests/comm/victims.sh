@@ -4,7 +4,8 @@
 #   victims.sh CASE VICTIM_PROGRAM MPIEXEC
 set -uo pipefail
 readonly name=$1 victim=$2 mpiexec=$3
-readonly out=$(mktemp)
+out=$(mktemp)
+readonly out
 trap 'rm -f "$out"' EXIT
 
 # launch COMMAND...: its output in $out, its exit code in $code, its seconds in $seconds. The time-out
