@@ -42,7 +42,7 @@ CodecOptions forward_codec(const TrainOptions& o) {
       .alpha(o.alpha)
       .estimate_alpha(o.estimate_alpha)
       .alpha_probes(o.alpha_probes)
-      .rounding(o.rounding)
+      .rounding(o.compress == "none" ? "" : o.rounding)
       .seed(static_cast<std::uint64_t>(o.seed));
 }
 
@@ -50,7 +50,8 @@ CodecOptions backward_codec(const TrainOptions& o) {
   CodecOptions codec = forward_codec(o);
   if (!o.compress_backward.empty()) codec.kind(o.compress_backward);
   if (!std::isnan(o.max_error_backward)) codec.max_error(o.max_error_backward);
-  if (!o.rounding_backward.empty()) codec.rounding(o.rounding_backward);
+  const std::string& rounding = o.rounding_backward.empty() ? o.rounding : o.rounding_backward;
+  codec.rounding(codec.kind() == "none" ? "" : rounding);
   if (!o.error_reference_backward.empty()) codec.error_reference(o.error_reference_backward);
   return codec;
 }
@@ -106,9 +107,10 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
       "study-setting", po::value(&o.study_setting)->composing()->value_name("OPTIONS"),
       "the codec's options and --capacity-factor of one setting, in one argument; repeatable, "
       "the first is the reference (default: 17 settings of about equal bytes in groups)");
+  parser.group_needs({"study"}, " (one model is trained): add --study, or leave it out");
   parser.group("Output").add_options()(
       "metrics", po::value(&o.metrics)->value_name("FILE"),
-      "one JSON object a step (rank 0); /dev/stdout: all else goes to standard error")(
+      "one JSON object a step (rank 0); - or /dev/stdout: all else goes to standard error")(
       "trace", po::value(&o.trace)->value_name("FILE"),
       "a trace per rank for the Perfetto UI (t.json: t.rank0.json, ...); for runs of few steps")(
       "nvtx", po::bool_switch(&o.nvtx), "mark the trace's ranges for Nsight, instead of --trace")(
@@ -152,8 +154,10 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
           "expert-bias-rate", real(o.expert_bias_rate, 0, "0"),
           "sigmoid: how far an expert's bias moves against its load in each step; 0: not at all");
   parser.group("Compression")
-      .add_options()("compress", value<string>(o.compress, "none"),
-                     "what travels: none, bf16, fp8, int8, int4 or lsh")(
+      .add_options()(
+          "compress", value<string>(o.compress, "none"),
+          "what travels: none, bf16, fp8, int8, int4 or lsh; the options below are refused "
+          "without it (with none they rest)")(
           "restore", value<string>(o.restore, "expert"),
           "lsh: every token restored at its expert, or (source) centroids only, as in the paper")(
           "max-error", real(o.max_error, 0.1, "0.1"),
@@ -198,6 +202,9 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
           "--rounding of the two backward exchanges; default: as forward")(
           "codec-on-self", po::bool_switch(&o.codec_on_self),
           "rows for the own rank pass the codec too");
+  parser.group_needs({"compress", "compress-backward"},
+                     " (nothing is compressed): add --compress lsh, or --compress none if that is "
+                     "meant, or leave it out");
 }
 
 void use_codec_of(const TrainOptions& from, TrainOptions& to) {
@@ -300,45 +307,45 @@ void validate(const TrainOptions& o, int world_size) {
   }
   LSHMOE_VALIDATE(o.dtype == "fp32" || o.dtype == "bf16", "unknown dtype '", o.dtype,
                   "': use --dtype fp32 or bf16");
-  const auto at_least = [](const char* name, auto given, auto least) {
-    LSHMOE_VALIDATE(given >= least && std::isfinite(static_cast<double>(given)), name, " is ",
-                    given, " (must be at least ", least, ")");
-  };
-  at_least("steps", o.steps, 1);
-  at_least("batch-size", o.batch_size, 1);
-  at_least("accumulate", o.accumulate, 1);
-  at_least("skip-nonfinite", o.skip_nonfinite, 0);
-  at_least("seq-len", o.seq_len, 1);
+  check_at_least("steps", o.steps, 1);
+  check_at_least("batch-size", o.batch_size, 1);
+  check_at_least("accumulate", o.accumulate, 1);
+  check_at_least("skip-nonfinite", o.skip_nonfinite, 0);
+  check_at_least("seq-len", o.seq_len, 1);
   // A step's tokens are counted in many places, and int64 and memory end; no run comes near it.
   constexpr int64_t kMostTokens = int64_t{1} << 31;
   LSHMOE_VALIDATE(o.seq_len < kMostTokens && o.batch_size <= kMostTokens / o.seq_len, "batch-size ",
-                  o.batch_size, " sequences of seq-len ", o.seq_len,
-                  " are too many tokens for a rank and step (at most ", kMostTokens,
+                  o.batch_size, " with seq-len ", o.seq_len,
+                  " is too many tokens for a rank and step (at most ", kMostTokens,
                   "): lower one of them");
   LSHMOE_VALIDATE(o.accumulate <= kMostTokens, "accumulate is ", o.accumulate, " (at most ",
                   kMostTokens, " micro-batches): lower it");
-  at_least("warmup-steps", o.warmup_steps, 0);
-  at_least("eval-every", o.eval_every, 0);
-  at_least("progress", o.progress, 0);
-  at_least("seed", o.seed, 0);
-  at_least("weight-decay", o.weight_decay, 0.0);
-  at_least("clip-grad", o.clip_grad, 0.0);
-  at_least("min-lr", o.min_lr, 0.0);
+  check_at_least("warmup-steps", o.warmup_steps, 0);
+  check_at_least("eval-every", o.eval_every, 0);
+  check_at_least("progress", o.progress, 0);
+  check_at_least("seed", o.seed, 0);
+  check_at_least("weight-decay", o.weight_decay, 0);
+  check_at_least("clip-grad", o.clip_grad, 0);
+  check_at_least("min-lr", o.min_lr, 0);
   LSHMOE_VALIDATE(std::isfinite(o.lr) && o.lr > 0 && o.lr >= o.min_lr, "lr is ", o.lr,
                   " (must be above 0 and not below min-lr, ", o.min_lr, "): change one of them");
   LSHMOE_VALIDATE(std::isfinite(o.timeout) && o.timeout > 0, "timeout is ", o.timeout,
                   " (seconds, must be above 0)");
   LSHMOE_VALIDATE(o.ep_size >= 0 && o.ep_size <= world_size &&
                       world_size % effective_ep_size(o, world_size) == 0,
-                  "ep-size ", o.ep_size, " does not divide the ", world_size,
-                  " ranks of the job (every group of ep-size ranks holds all experts): change "
+                  "ep-size ", o.ep_size, " does not divide the number of ranks of the job, ",
+                  world_size,
+                  " (every group of ep-size ranks holds all experts): change "
                   "--ep-size or the number of ranks");
   const bool lsh = o.compress == "lsh" || o.compress_backward == "lsh";
+  // A file's options of a codec may stay where --compress none switches it off.
+  const bool off =
+      o.compress == "none" && (o.compress_backward.empty() || o.compress_backward == "none");
   const std::string lsh_only = o.restore != "expert"      ? "restore " + o.restore
                                : o.codec_state != "batch" ? "codec-state " + o.codec_state
                                                           : "";
-  LSHMOE_VALIDATE(lsh || lsh_only.empty(), lsh_only, " is for --compress lsh, it is ", o.compress,
-                  " (nothing would be clustered): add --compress lsh, or leave it out");
+  LSHMOE_VALIDATE(lsh || off || lsh_only.empty(), lsh_only, " is for --compress lsh, it is ",
+                  o.compress, " (nothing would be clustered): add --compress lsh, or leave it out");
   LSHMOE_VALIDATE(std::isnan(o.max_error_backward) || o.max_error_backward >= 0,
                   "max-error-backward is ", o.max_error_backward, " (must be 0 or positive)");
   validate(forward_codec(o));

@@ -59,6 +59,10 @@ po::options_description& OptionParser::group(const std::string& title) {
   return groups_.emplace_back(title, 110);
 }
 
+void OptionParser::group_needs(std::vector<std::string> names, std::string advice) {
+  needs_.push_back({groups_.size() - 1, std::move(names), std::move(advice)});
+}
+
 po::options_description OptionParser::all() const {
   po::options_description sum;
   for (const auto& part : groups_) sum.add(part);
@@ -104,6 +108,16 @@ bool OptionParser::parse(int argc, const char* const* argv, bool print_help) {
       std::istringstream file(config_text(source));
       po::store(po::parse_config_file(file, known), values);
     }
+    const auto given = [&](const std::string& name) {
+      return values.count(name) != 0 && !values[name].defaulted();
+    };
+    for (const Need& need : needs_) {
+      if (std::any_of(need.names.begin(), need.names.end(), given)) continue;
+      for (const auto& option : groups_[need.group].options()) {
+        LSHMOE_VALIDATE(!given(option->long_name()), "--", option->long_name(), " without --",
+                        need.names.front(), need.advice);
+      }
+    }
     po::notify(values);
   } catch (const po::unknown_option& error) {
     std::string name = error.get_option_name();
@@ -113,6 +127,11 @@ bool OptionParser::parse(int argc, const char* const* argv, bool print_help) {
                                             ": an INI file names options without dashes: write ",
                                             name));
     }
+    // Boost puts a section before the names that follow it; no option has a dot.
+    const std::size_t dot = name.rfind('.');
+    LSHMOE_VALIDATE(dot == std::string::npos || values.count("config") == 0, "unknown option '",
+                    name, "' in ", source, " (an INI file has no sections here): remove its line [",
+                    name.substr(0, dot), "]");
     throw InvalidArgument(detail::message("unknown option '", name, "' in ", source, nearest(name),
                                           " (see ", program_, " --help)"));
   } catch (const po::too_many_positional_options_error&) {

@@ -3,7 +3,9 @@
 
 #include <boost/program_options/options_description.hpp>
 #include <boost/program_options/value_semantic.hpp>
+#include <cmath>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "lshmoe/runtime/error.hpp"
@@ -22,11 +24,15 @@ class OptionParser {
   /// A new group, listed under `title` by --help; the reference stays valid until the next group().
   boost::program_options::options_description& group(const std::string& title);
 
+  /// Options of the newest group have no effect unless one of `names`, of that group too, is given
+  /// (with any value): parse() refuses them without. `advice`: " (why): what to do".
+  void group_needs(std::vector<std::string> names, std::string advice);
+
   /// Reads the command line and, if it names one with --config FILE, an INI file of the same names
   /// without dashes, in UTF-8 with or without a byte order mark; the command line wins. Sets the
   /// variables. Returns false when --help was asked for, and prints it to stdout if `print_help`.
   /// Local. Throws InvalidArgument in one line: an unknown option (with the nearest known name), a
-  /// bad or missing value, an unreadable file.
+  /// bad or missing value, an unreadable file, an option without what its group needs.
   [[nodiscard]] bool parse(int argc, const char* const* argv, bool print_help = true);
 
   /// What --help prints.
@@ -35,9 +41,22 @@ class OptionParser {
  private:
   std::string program_, description_;
   std::vector<boost::program_options::options_description> groups_;
+  struct Need {
+    std::size_t group;
+    std::vector<std::string> names;
+    std::string advice;
+  };
+  std::vector<Need> needs_;
 
   [[nodiscard]] boost::program_options::options_description all() const;
   [[nodiscard]] std::string nearest(const std::string& name) const;
 };
+
+/// Throws InvalidArgument with the option's name where its number is below `least` or not finite.
+template <class Number>
+void check_at_least(const char* option, Number given, std::type_identity_t<Number> least) {
+  LSHMOE_VALIDATE(given >= least && std::isfinite(static_cast<double>(given)), option, " is ",
+                  given, " (must be at least ", least, ")");
+}
 
 }  // namespace lshmoe

@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <boost/program_options/value_semantic.hpp>
+#include <cstdint>
 #include <cstdio>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -16,15 +18,21 @@ namespace po = boost::program_options;
 
 struct Program {
   OptionParser parser{"prog", "Does things."};
-  int layers = 0;
+  int layers = 0, noise = 0, width = 0;
+  bool flat = false;
   double rate = 0;
   std::vector<std::string> data;
 
   Program() {
     parser.group("Model").add_options()("layers", po::value<int>(&layers)->default_value(2), "n");
-    parser.group("Optimiser")
+    parser.group("Optimizer")
         .add_options()("rate", po::value<double>(&rate)->default_value(0.5), "r")(
             "data", po::value<std::vector<std::string>>(&data)->multitoken(), "paths");
+    parser.group("Noise").add_options()("noise", po::value<int>(&noise)->default_value(0), "n")(
+        "other-noise", po::value<int>(&noise), "o")("width",
+                                                    po::value<int>(&width)->default_value(1),
+                                                    "w")("flat", po::bool_switch(&flat), "f");
+    parser.group_needs({"noise", "other-noise"}, " (there is none): add --noise");
   }
   bool parse(std::vector<const char*> args) {
     args.insert(args.begin(), "prog");
@@ -69,6 +77,51 @@ TEST(Options, CommandLineWinsOverFile) {
   std::remove(path.c_str());
 }
 
+TEST(Options, GroupsThatNeedAnOption) {
+  const std::string path = ::testing::TempDir() + "options_test_needs.ini";
+  const std::string refused = "--width without --noise (there is none): add --noise";
+  EXPECT_EQ(Program().error_of({"--width", "1"}), refused);  // its default, but given
+  EXPECT_EQ(Program().error_of({"--flat"}), "--flat without --noise (there is none): add --noise");
+  write_file_atomically(path, std::string("#noise = 3\nwidth = 2\n"));
+  EXPECT_EQ(Program().error_of({"--config", path.c_str()}), refused);
+  for (const auto& more : std::vector<std::vector<const char*>>{
+           {"--noise", "0"}, {"--noise", "3"}, {"--other-noise", "3"}}) {
+    std::vector<const char*> args = {"--config", path.c_str(), "--flat"};
+    args.insert(args.end(), more.begin(), more.end());
+    EXPECT_EQ(Program().error_of(args), "");
+  }
+  write_file_atomically(path, std::string("noise = 0\n"));
+  EXPECT_EQ(Program().error_of({"--config", path.c_str(), "--width", "2"}), "");
+  std::remove(path.c_str());
+}
+
+TEST(Options, FilesWithSections) {
+  const std::string path = ::testing::TempDir() + "options_test_sections.ini";
+  for (const std::string name : {"layers", "nonsense"}) {
+    write_file_atomically(path, "rate = 1\n[the model]\n" + name + " = 7\n");
+    EXPECT_EQ(Program().error_of({"--config", path.c_str()}),
+              "unknown option 'the model." + name + "' in " + path +
+                  " (an INI file has no sections here): remove its line [the model]");
+  }
+  EXPECT_EQ(Program().error_of({"--a.layers", "7"}).find("section"), std::string::npos);
+  std::remove(path.c_str());
+}
+
+TEST(Options, NumbersBelowTheLeast) {
+  const auto error = [](auto given, auto least) -> std::string {
+    try {
+      check_at_least("size", given, least);
+    } catch (const InvalidArgument& e) {
+      return e.what();
+    }
+    return "";
+  };
+  EXPECT_EQ(error(int64_t{1}, 1), "");
+  EXPECT_NE(error(int64_t{0}, 1).find("size is 0 (must be at least 1)"), std::string::npos);
+  EXPECT_NE(error(-0.5, 0), "");
+  EXPECT_NE(error(std::numeric_limits<double>::infinity(), 0), "");
+}
+
 TEST(Options, FilesOfOtherEditors) {
   const std::string path = ::testing::TempDir() + "options_test_other.ini";
   for (const char* text :
@@ -104,7 +157,7 @@ TEST(Options, HelpIsGroupedAndEndsTheProgram) {
   EXPECT_FALSE(program.parse({"--help"}));
   const std::string help = program.parser.help();
   EXPECT_LT(help.find("General"), help.find("Model"));
-  EXPECT_LT(help.find("Model"), help.find("Optimiser"));
+  EXPECT_LT(help.find("Model"), help.find("Optimizer"));
 }
 
 }  // namespace
