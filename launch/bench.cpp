@@ -8,6 +8,7 @@
 #include "lshmoe/launch/bench_layer.hpp"
 #include "lshmoe/runtime/log.hpp"
 #include "lshmoe/runtime/memory.hpp"
+#include "lshmoe/runtime/signals.hpp"
 
 int main(int argc, char** argv) {
   constexpr const char* kUsage =
@@ -22,6 +23,7 @@ int main(int argc, char** argv) {
     return 0;
   }
   lshmoe::tune_allocator();
+  lshmoe::ignore_broken_pipes();
   try {
     if (subcommand == "codec") {
       lshmoe::launch::bench_codec(argc - 1, argv + 1);

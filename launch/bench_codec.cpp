@@ -27,16 +27,18 @@
 #include "lshmoe/launch/plot.hpp"
 #include "lshmoe/runtime/error.hpp"
 #include "lshmoe/runtime/files.hpp"
+#include "lshmoe/runtime/metrics.hpp"
 #include "lshmoe/runtime/options.hpp"
 
 namespace lshmoe::launch {
 namespace {
 namespace po = boost::program_options;
+using detail::counted;
 using std::string;
 
 constexpr const char* kSynthetic = "synthetic";
 constexpr double kBf16Bits = 16;
-// Of a row from its centre, whose norm is about 1 in the same unit.
+// Of a row from its center, whose norm is about 1 in the same unit.
 constexpr double kClusterRadius = 0.3;
 
 struct BenchOptions {
@@ -105,19 +107,17 @@ struct Rows {
 
 at::Tensor load_rows(const BenchOptions& o) {
   if (o.input == kSynthetic) {
-    LSHMOE_VALIDATE(o.synthetic_rows >= 1 && o.hidden_size >= 1, "--synthetic-rows ",
-                    o.synthetic_rows, " and --hidden-size ", o.hidden_size, " must be 1 or more");
     at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(0);
     const at::Tensor noise = at::randn({o.synthetic_rows, o.hidden_size}, generator);
     if (o.synthetic_clusters == 0) return noise;
-    const at::Tensor centres = at::randn({o.synthetic_clusters, o.hidden_size}, generator);
+    const at::Tensor centers = at::randn({o.synthetic_clusters, o.hidden_size}, generator);
     const at::Tensor id =
         at::randint(o.synthetic_clusters, {o.synthetic_rows}, generator, at::kLong);
-    return centres.index_select(0, id).add_(noise, kClusterRadius);
+    return centers.index_select(0, id).add_(noise, kClusterRadius);
   }
   const at::Tensor rows = read_npy(o.input);
-  LSHMOE_VALIDATE(o.first_row >= 0 && o.first_row < rows.size(0), "--first-row ", o.first_row,
-                  " is not one of the ", rows.size(0), " rows of '", o.input, "'");
+  LSHMOE_VALIDATE(o.first_row < rows.size(0), "--first-row ", o.first_row, " is beyond '", o.input,
+                  "' (it has ", counted(rows.size(0), "row"), ", from 0): give a smaller one");
   return rows.slice(0, o.first_row);
 }
 
@@ -128,10 +128,9 @@ Rows split_rows(const BenchOptions& o) {
   } else if (o.dtype == "bf16") {
     all = all.to(at::kBFloat16);
   }
-  LSHMOE_VALIDATE(o.fit_rows >= 0 && o.fit_rows < all.size(0), "--fit-rows ", o.fit_rows, " of ",
-                  all.size(0),
-                  " rows leaves none to measure (what is measured is the rest): give "
-                  "fewer");
+  LSHMOE_VALIDATE(o.fit_rows < all.size(0), "--fit-rows ", o.fit_rows, " of ",
+                  counted(all.size(0), "row"),
+                  " leaves none to measure (what is measured is the rest): give fewer");
   all = all.to(at::Device(o.device));
   Rows rows{all.slice(0, 0, o.fit_rows), all.slice(0, o.fit_rows), {}};
   for (int64_t left = rows.x.size(0); left > 0; left -= o.group_rows) {
@@ -513,12 +512,12 @@ Line report(const Case& c, const Result& result, const Rows& rows, const Result&
               number(even_bf16, "%.1f").c_str(), fp8_text.c_str(),
               static_cast<long long>(result.clusters), static_cast<long long>(result.state_bytes));
   if (json.contains("encode_of_copy")) {
-    std::printf(
-        "  of the copy bandwidth: encode %.1f%%, decode %.1f%%; %lld bytes went through the host\n",
-        100 * json["encode_of_copy"].get<double>(), 100 * json["decode_of_copy"].get<double>(),
-        static_cast<long long>(result.staged_bytes));
+    std::printf("  of the copy bandwidth: encode %.1f%%, decode %.1f%%; %s went through the host\n",
+                100 * json["encode_of_copy"].get<double>(),
+                100 * json["decode_of_copy"].get<double>(),
+                counted(result.staged_bytes, "byte").c_str());
   }
-  std::fflush(stdout);
+  flush_stdout();
   return line;
 }
 
@@ -667,8 +666,8 @@ void add_options(OptionParser& parser, BenchOptions& o) {
       "num-sms", po::value(&o.num_sms)->default_value(0),
       "cuda: multiprocessors that the codec's kernels may fill (8 blocks each); 0: all");
   parser.group("Output").add_options()("json", po::value(&o.json)->value_name("FILE"),
-                                       "one object a line for each row of the table; /dev/stdout: "
-                                       "the table goes to standard error")(
+                                       "one object a line for each row of the table; - or "
+                                       "/dev/stdout: the table goes to standard error")(
       "plot", po::value(&o.plot)->value_name("FILE.svg"),
       "a picture: bits per element against mean relative error")(
       "phases", po::bool_switch(&o.phases),
@@ -678,12 +677,16 @@ void add_options(OptionParser& parser, BenchOptions& o) {
 void check(BenchOptions& o) {
   LSHMOE_VALIDATE(o.dtype == "as input" || o.dtype == "fp32" || o.dtype == "bf16",
                   "unknown dtype '", o.dtype, "': use --dtype fp32 or bf16");
-  LSHMOE_VALIDATE(o.group_rows >= 1 && o.repeat >= 1, "--group-rows ", o.group_rows,
-                  " and --repeat ", o.repeat, " must be 1 or more");
+  check_at_least("first-row", o.first_row, 0);
+  check_at_least("fit-rows", o.fit_rows, 0);
+  check_at_least("synthetic-rows", o.synthetic_rows, 1);
+  check_at_least("hidden-size", o.hidden_size, 1);
+  check_at_least("synthetic-clusters", o.synthetic_clusters, 0);
+  check_at_least("group-rows", o.group_rows, 1);
+  check_at_least("repeat", o.repeat, 1);
+  for (const int64_t size : o.codebook_sizes) check_at_least("codebook-size", size, 0);
   LSHMOE_VALIDATE(o.plot.empty() || o.plot.ends_with(".svg"), "--plot '", o.plot,
                   "' does not end in .svg (no other picture is written): name it so");
-  LSHMOE_VALIDATE(o.synthetic_clusters >= 0, "--synthetic-clusters ", o.synthetic_clusters,
-                  " must be 0 (none) or more");
   for (const string& rounding : o.roundings) {
     LSHMOE_VALIDATE(rounding == "nearest" || rounding == "dithered" || rounding == "stochastic",
                     "unknown rounding '", rounding,
@@ -720,15 +723,18 @@ void bench_codec(int argc, const char* const* argv) {
   const std::vector<Case> cases = make_cases(o);
   at::set_num_threads(1);
   const Rows rows = split_rows(o);
+  std::optional<MetricsWriter> lines;
+  if (!o.json.empty()) lines.emplace(o.json);
+  if (!o.plot.empty()) check_writable(o.plot);
 
   std::printf(
-      "%s: %lld rows x %lld, %s, groups of %lld; fitted to %lld rows before them\n"
+      "%s: %s x %lld, %s, groups of %lld; fitted to %s before them\n"
       "errors relative to the row's norm (by group, and max of lsh: as the bound); MB/s of these "
       "rows, by the time that one thread computes; Gbit/s of a link below which coding pays, "
       "against bf16 and fp8\n\n",
-      o.input.c_str(), static_cast<long long>(rows.x.size(0)),
+      o.input.c_str(), counted(rows.x.size(0), "row").c_str(),
       static_cast<long long>(rows.x.size(1)), rows.x.scalar_type() == at::kFloat ? "fp32" : "bf16",
-      static_cast<long long>(o.group_rows), static_cast<long long>(rows.fit.size(0)));
+      static_cast<long long>(o.group_rows), counted(rows.fit.size(0), "row").c_str());
   std::printf("%-34s %6s %8s %8s %8s %8s %8s %8s %8s %8s %8s %9s\n", "codec", "bound", "bits/el",
               "mean", "p99", "max", "enc MB/s", "dec MB/s", "Gb/s b16", "Gb/s fp8", "clusters",
               "state B");
@@ -741,7 +747,6 @@ void bench_codec(int argc, const char* const* argv) {
   const bool measured = o.phases || o.device == "cuda";
   const double bandwidth = measured ? copy_bandwidth(rows.x.device()) : 0;
   if (measured) std::printf("a copy reads and writes %.1f GB/s\n", 1e-9 * bandwidth);
-  string json;
   std::vector<PlotSeries> series;
   for (const Case& c : cases) {
     const Result result = c.kind == "fp8" && c.rounding == "nearest" ? fp8_result
@@ -752,14 +757,13 @@ void bench_codec(int argc, const char* const* argv) {
       line.json["phases"] = report_phases(result, rows, bandwidth, c.transform == "basis");
     }
     if (!result.encode_stream.empty()) line.json["phases"] = report_stream(result, rows);
-    json += line.json.dump() + "\n";
+    if (lines) lines->write(line.json);
     const string name = c.name();
     auto at = std::find_if(series.begin(), series.end(),
                            [&](const PlotSeries& one) { return one.name == name; });
     if (at == series.end()) at = series.insert(at, {name, {}});
     at->points.push_back(line.point);
   }
-  if (!o.json.empty()) write_file_atomically(o.json, json);
   if (!o.plot.empty()) {
     const string stem = std::filesystem::path(o.input).stem().string();
     write_file_atomically(o.plot, rate_distortion_svg("Codecs on " + stem, series));

@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <array>
 #include <boost/program_options.hpp>
+#include <cmath>
 #include <cstdio>
 #include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -22,19 +24,23 @@
 #include "lshmoe/runtime/error.hpp"
 #include "lshmoe/runtime/files.hpp"
 #include "lshmoe/runtime/log.hpp"
+#include "lshmoe/runtime/metrics.hpp"
 #include "lshmoe/runtime/options.hpp"
 
 namespace lshmoe::launch {
 namespace {
 namespace po = boost::program_options;
+using detail::counted;
 using std::string;
+
+constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
 
 struct LayerBenchOptions {
   int64_t hidden_size = 0, ffn_hidden_size = 0, num_experts = 0, top_k = 0, tokens = 0, repeat = 0,
           max_clusters = 0;
   string dtype, device, json;
   string compress, compress_backward, restore, state, transform;
-  double max_error = 0, max_error_backward = 0;
+  double max_error = 0, max_error_backward = 0;  // NaN: as forward
   bool codec_on_self = false, aux_loss = false;
 };
 
@@ -121,10 +127,10 @@ class Bench {
         dtype_(o.dtype == "bf16" ? at::kBFloat16 : at::kFloat) {
     at::Generator generator =
         at::make_generator<at::CPUGeneratorImpl>(static_cast<uint64_t>(1 + world_->rank()));
-    // Rows near some centres, as tokens are; the gate's choices are about even.
-    const at::Tensor centres = at::randn({64, o.hidden_size}, generator);
+    // Rows near some centers, as tokens are; the gate's choices are about even.
+    const at::Tensor centers = at::randn({64, o.hidden_size}, generator);
     const at::Tensor id = at::randint(64, {o.tokens}, generator, at::kLong);
-    x_ = (centres.index_select(0, id) + 0.3 * at::randn({o.tokens, o.hidden_size}, generator))
+    x_ = (centers.index_select(0, id) + 0.3 * at::randn({o.tokens, o.hidden_size}, generator))
              .to(dtype_)
              .to(device_);
     grad_ = at::randn({o.tokens, o.hidden_size}, generator).to(dtype_).to(device_);
@@ -146,7 +152,7 @@ class Bench {
                              .max_clusters(o_.max_clusters);
       CodecOptions backward = codec;
       backward.kind(o_.compress_backward.empty() ? o_.compress : o_.compress_backward);
-      backward.max_error(o_.max_error_backward);
+      if (!std::isnan(o_.max_error_backward)) backward.max_error(o_.max_error_backward);
       options.codec(codec);
       if (o_.restore == "expert") options.codec_backward(backward);
     }
@@ -264,17 +270,18 @@ void add(Measured& measured, const Times& times) {
   }
 }
 
-/// Gbit/s of a rank's link below which coding pays: bits saved over the seconds spent coding. None:
+/// Gbit/s of a rank's link below which coding pays: bits saved over the seconds spent coding. NaN:
 /// nothing is sent, or coding took no longer than the plain copies, within the noise. 0: it saves
 /// nothing.
-std::optional<double> break_even(const Measured& compressed, const Measured& plain, int ranks) {
+double break_even(const Measured& compressed, const Measured& plain, int ranks) {
   const double saved = plain.bytes_raw + plain.plan_bytes - compressed.bytes_sent;
   const double seconds = 1e-3 * (compressed.ms("codec") - plain.ms("codec"));
-  if (ranks == 1 || seconds <= 0) return std::nullopt;
+  if (ranks == 1 || seconds <= 0) return kNone;
   return 8e-9 * std::max(0.0, saved) / ranks / seconds;
 }
 
-void report(const LayerBenchOptions& o, const std::vector<Measured>& all, int ranks) {
+void report(const LayerBenchOptions& o, const std::vector<Measured>& all, int ranks,
+            std::optional<MetricsWriter>& lines) {
   const Measured& plain = all[0];
   const auto reference = std::find_if(all.begin(), all.end(), [](const Measured& one) {
     return one.name.starts_with("reference");
@@ -285,7 +292,6 @@ void report(const LayerBenchOptions& o, const std::vector<Measured>& all, int ra
   std::printf("%-22s %10s %10s %10s %10s %10s %10s %9s %9s %10s %10s\n", "milliseconds", "all",
               "forward", "backward", "experts", "codec", "exchange", "of refer.", "TFLOP/s",
               "MB sent", "Gb/s even");
-  string lines;
   for (const Measured& one : all) {
     // Ratios of the repetitions, which ran one after the other.
     std::vector<double> ratios;
@@ -294,7 +300,7 @@ void report(const LayerBenchOptions& o, const std::vector<Measured>& all, int ra
       ratios.push_back(own[i] / reference->milliseconds.at("all")[i]);
     }
     const bool codes = o.compress != "none" && &one == &all[1];
-    const auto even = codes ? break_even(one, plain, ranks) : std::nullopt;
+    const double even = codes ? break_even(one, plain, ranks) : kNone;
     const double rate = 1e-9 * operations / one.ms("all");
     std::printf("%-22s", one.name.c_str());
     for (const char* phase : {"all", "forward", "backward", "experts", "codec", "exchange"}) {
@@ -305,14 +311,15 @@ void report(const LayerBenchOptions& o, const std::vector<Measured>& all, int ra
       }
     }
     std::printf(" %9.3f %9.3f %10.3f", median(ratios), rate, 1e-6 * one.bytes_sent);
-    if (even) {
-      std::printf(" %10.2f\n", *even);
-    } else {
+    if (std::isnan(even)) {
       std::printf(" %10s\n", "-");
+    } else {
+      std::printf(" %10.2f\n", even);
     }
     if (!one.fit_milliseconds.empty()) {
-      std::printf("  learned states: %zu fits between repetitions, %.3f ms each\n",
-                  one.fit_milliseconds.size(), median(one.fit_milliseconds));
+      const auto fits = static_cast<int64_t>(one.fit_milliseconds.size());
+      std::printf("  learned states: %s between repetitions, %.3f ms each\n",
+                  counted(fits, "fit").c_str(), median(one.fit_milliseconds));
     }
 
     nlohmann::ordered_json json;
@@ -337,10 +344,10 @@ void report(const LayerBenchOptions& o, const std::vector<Measured>& all, int ra
     json["bytes_sent"] = one.bytes_sent;
     json["bytes_raw"] = one.bytes_raw;
     json["max_error_ratio"] = one.max_error_ratio;
-    json["break_even_gbit_s"] = even ? nlohmann::ordered_json(*even) : nullptr;
-    lines += json.dump() + "\n";
+    json["break_even_gbit_s"] = even;
+    if (lines) lines->write(json);
   }
-  if (!o.json.empty()) write_file_atomically(o.json, lines);
+  flush_stdout();
 }
 
 int run(const LayerBenchOptions& o, Session& session) {
@@ -375,6 +382,8 @@ int run(const LayerBenchOptions& o, Session& session) {
                   "the layer's output is ", *difference,
                   " from the reference's (they do not compute the same): this is a bug");
 
+  std::optional<MetricsWriter> lines;
+  if (bench.world().rank() == 0 && !o.json.empty()) lines.emplace(o.json);
   constexpr int64_t kWarmUp = 2;
   for (int64_t i = -kWarmUp; i < o.repeat; ++i) {
     for (std::size_t r = 0; r < runs.size(); ++r) {
@@ -384,16 +393,15 @@ int run(const LayerBenchOptions& o, Session& session) {
   }
   if (bench.world().rank() != 0) return 0;
   std::printf(
-      "%d ranks, %lld tokens each, hidden %lld, ffn %lld, %lld experts, top-%lld, %s, %s; medians "
-      "of %lld, the slowest rank's; MB of all ranks; Gbit/s of a rank's link below which coding "
-      "pays\n",
-      ranks, static_cast<long long>(o.tokens), static_cast<long long>(o.hidden_size),
-      static_cast<long long>(o.ffn_hidden_size), static_cast<long long>(o.num_experts),
-      static_cast<long long>(o.top_k), o.dtype.c_str(), bench.device().str().c_str(),
-      static_cast<long long>(o.repeat));
+      "%s, %s each, hidden %lld, ffn %lld, %s, top-%lld, %s, %s; medians of %lld, the slowest "
+      "rank's; MB of all ranks; Gbit/s of a rank's link below which coding pays\n",
+      counted(ranks, "rank").c_str(), counted(o.tokens, "token").c_str(),
+      static_cast<long long>(o.hidden_size), static_cast<long long>(o.ffn_hidden_size),
+      counted(o.num_experts, "expert").c_str(), static_cast<long long>(o.top_k), o.dtype.c_str(),
+      bench.device().str().c_str(), static_cast<long long>(o.repeat));
   if (difference) std::printf("outputs differ by %.2g from the reference's\n", *difference);
   std::printf("\n");
-  report(o, measured, ranks);
+  report(o, measured, ranks, lines);
   return 0;
 }
 
@@ -412,11 +420,12 @@ void add_options(OptionParser& parser, LayerBenchOptions& o) {
       "repeat", size(o.repeat, 11), "timed repetitions, after two to warm up; medians count");
   parser.group("Codec").add_options()(
       "compress", po::value(&o.compress)->default_value("none"),
-      "what travels: none, bf16, fp8, int8, int4 or lsh; beside it always none")(
-      "compress-backward", po::value(&o.compress_backward)->default_value(""),
-      "of the two backward exchanges; default: as forward")(
+      "what travels: none, bf16, fp8, int8, int4 or lsh; beside it always none; the options below "
+      "are refused without it")("compress-backward",
+                                po::value(&o.compress_backward)->default_value(""),
+                                "of the two backward exchanges; default: as forward")(
       "max-error", po::value(&o.max_error)->default_value(0.1, "0.1"), "lsh: bound of a row")(
-      "max-error-backward", po::value(&o.max_error_backward)->default_value(-1, "as forward"),
+      "max-error-backward", po::value(&o.max_error_backward)->default_value(kNone, "as forward"),
       "of the two backward exchanges")("restore", po::value(&o.restore)->default_value("expert"),
                                        "lsh: expert or source")(
       "codec-state", po::value(&o.state)->default_value("batch"), "lsh: batch or learned")(
@@ -425,19 +434,25 @@ void add_options(OptionParser& parser, LayerBenchOptions& o) {
                                            "lsh: centroids of a group at most")(
       "codec-on-self", po::bool_switch(&o.codec_on_self),
       "rows for the own rank pass the codec too: its time on one rank");
+  parser.group_needs({"compress"},
+                     " (only the uncompressed layer is measured): add --compress lsh, "
+                     "or --compress none if that is meant, or leave it out");
   parser.group("Output").add_options()("json", po::value(&o.json)->value_name("FILE"),
-                                       "one object a line for each line of the table; "
+                                       "one object a line for each line of the table; - or "
                                        "/dev/stdout: the table goes to standard error");
 }
 
-void check(LayerBenchOptions& o) {
+void check(const LayerBenchOptions& o) {
   LSHMOE_VALIDATE(o.dtype == "fp32" || o.dtype == "bf16", "unknown dtype '", o.dtype,
                   "': use --dtype fp32 or bf16");
   LSHMOE_VALIDATE(o.device == "cpu" || o.device == "cuda", "unknown device '", o.device,
                   "': use --device cpu or cuda");
-  LSHMOE_VALIDATE(o.tokens >= 1 && o.repeat >= 1, "--tokens ", o.tokens, " and --repeat ", o.repeat,
-                  " must be 1 or more");
-  if (o.max_error_backward < 0) o.max_error_backward = o.max_error;
+  check_at_least("hidden-size", o.hidden_size, 1);
+  check_at_least("ffn-hidden-size", o.ffn_hidden_size, 1);
+  check_at_least("num-experts", o.num_experts, 1);
+  check_at_least("top-k", o.top_k, 1);
+  check_at_least("tokens", o.tokens, 1);
+  check_at_least("repeat", o.repeat, 1);
 }
 
 }  // namespace

@@ -92,9 +92,10 @@ void TextFiles::find_files() {
       const auto bytes = static_cast<int64_t>(fs::file_size(file, error));
       LSHMOE_VALIDATE(!error, "cannot read the data file '", file.string(), "' (", error.message(),
                       "): give --data a regular file or a folder");
-      LSHMOE_VALIDATE(bytes % bytes_per_token_ == 0, "data file '", file.string(), "' has ", bytes,
-                      " bytes (ids of a vocabulary of ", options_.vocab_size, " take ",
-                      bytes_per_token_, " bytes each): check --vocab-size and the file");
+      LSHMOE_VALIDATE(bytes % bytes_per_token_ == 0, "data file '", file.string(), "' has ",
+                      detail::counted(bytes, "byte"), " (ids of a vocabulary of ",
+                      options_.vocab_size, " take ", bytes_per_token_,
+                      " bytes each): check --vocab-size and the file");
       LSHMOE_VALIDATE(folder || bytes > 0, "data file '", file.string(),
                       "' is empty: give --data a file with text");
       if (bytes == 0) continue;
@@ -143,10 +144,10 @@ void TextFiles::split() {
       before = end;
     }
   }
-  LSHMOE_VALIDATE(train_.tokens >= window && eval_.tokens >= window, "the text has ", train_.tokens,
-                  " tokens for training and ", eval_.tokens, " for evaluation (each needs ", window,
-                  ", one sequence of seq-len ", options_.seq_len,
-                  " and its next token): give more text or a smaller --seq-len");
+  LSHMOE_VALIDATE(train_.tokens >= window && eval_.tokens >= window, "the text has ",
+                  detail::counted(train_.tokens, "token"), " for training and ", eval_.tokens,
+                  " for evaluation (each needs ", window, ", one sequence of seq-len ",
+                  options_.seq_len, " and its next token): give more text or a smaller --seq-len");
   num_eval_windows_ =
       std::clamp<int64_t>((eval_.tokens - 1) / options_.seq_len, 1, options_.eval_sequences);
 }

@@ -11,6 +11,7 @@
 #include "lshmoe/launch/trainer.hpp"
 #include "lshmoe/runtime/abandon.hpp"
 #include "lshmoe/runtime/error.hpp"
+#include "lshmoe/runtime/files.hpp"
 #include "lshmoe/runtime/metrics.hpp"
 
 namespace lshmoe::launch {
@@ -149,7 +150,7 @@ void print_run(const Run& r) {
       static_cast<long long>(r.seed), r.eval_loss,
       percent(r.bytes_sent / r.bytes_reference).c_str(), r.step_ms, r.codec_ms,
       r.noise.codec / r.noise.batch, r.setting.c_str());
-  std::fflush(stdout);
+  flush_stdout();
 }
 
 void print_table(const std::vector<std::string>& settings, const std::vector<Run>& runs) {
@@ -195,7 +196,7 @@ void print_table(const std::vector<std::string>& settings, const std::vector<Run
         mean(all, [](const Run& r) { return r.step_ms; }),
         noise / mean(all, [](const Run& r) { return r.noise.batch; }), bias, setting.c_str());
   }
-  std::fflush(stdout);
+  flush_stdout();
 }
 
 std::vector<std::string> settings_of(const TrainOptions& options) {

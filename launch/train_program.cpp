@@ -71,10 +71,11 @@ void run(Session& session, TrainOptions options, const OpenData& open_data, cons
     data = open_data(options);
     if (!options.trace.empty()) {
       std::error_code none;
-      LSHMOE_VALIDATE(world->size() == 1 || !(options.trace.starts_with("/dev/") ||
-                                              std::filesystem::is_other(options.trace, none)),
-                      "trace '", options.trace, "' is no file (each of the ", world->size(),
-                      " ranks writes one of its own, named after it): name a file");
+      LSHMOE_VALIDATE(
+          world->size() == 1 || !(options.trace == "-" || options.trace.starts_with("/dev/") ||
+                                  std::filesystem::is_other(options.trace, none)),
+          "trace '", options.trace, "' is no file (each of the ", world->size(),
+          " ranks writes one of its own, named after it): name a file");
       if (world->size() == 1) options.trace = with_stdout_to_itself(options.trace);
       trace.emplace(trace_path(options.trace, world->rank(), world->size()));
     }
@@ -105,6 +106,7 @@ void run(Session& session, TrainOptions options, const OpenData& open_data, cons
 
 int train_program(int argc, char** argv, const OpenData& open_data) {
   tune_allocator();
+  ignore_broken_pipes();
   const StopFlag stop;  // before anything that takes time
   TrainOptions options{};
   OptionParser parser("lshmoe-train",

@@ -18,6 +18,10 @@ void set_process_rank(int rank) { g_process_rank.store(rank, std::memory_order_r
 int process_rank() { return g_process_rank.load(std::memory_order_relaxed); }
 
 namespace detail {
+std::string counted(std::int64_t number, const std::string& thing) {
+  return message(number, " ", thing, number == 1 ? "" : "s");
+}
+
 void fail_assert(const char* condition, const char* file, int line) {
   throw Error(message("internal check failed: ", condition, " at ", file, ":", line,
                       " (a bug in lshmoe): please report it with the command line"));

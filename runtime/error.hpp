@@ -3,6 +3,7 @@
 //
 // Every text reads: what is wrong (why) what to do. The rank is put in front when a Session runs.
 
+#include <cstdint>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -61,6 +62,8 @@ std::string message(const Parts&... parts) {
   (text << ... << parts);
   return text.str();
 }
+/// "1 rank", "2 ranks" of counted(n, "rank").
+[[nodiscard]] std::string counted(std::int64_t number, const std::string& thing);
 /// Throws Error with the place of a broken invariant.
 [[noreturn]] void fail_assert(const char* condition, const char* file, int line);
 }  // namespace detail

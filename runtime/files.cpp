@@ -20,6 +20,8 @@
 namespace lshmoe {
 namespace {
 
+std::string g_stdout = "/dev/stdout";  // or what with_stdout_to_itself returned for it
+
 /// Owns a POSIX file descriptor.
 class Descriptor {
  public:
@@ -74,7 +76,7 @@ Target follow(const std::string& path) {
     const std::string next(link.data(), static_cast<std::size_t>(length));
     target.path = next.starts_with('/') ? next : folder_of(target.path) + "/" + next;
   }
-  throw Error(detail::message("cannot write '", path, "'", why_not_written(ELOOP)));
+  throw Error(not_written(path, ELOOP));
 }
 
 /// Opens to write; -1 with errno. A pipe without a reader (ENXIO) is tried again, but not by an
@@ -131,7 +133,7 @@ bool replace(const std::string& path, const struct stat* old, std::span<const ch
 
 }  // namespace
 
-std::string why_not_written(int error) {
+std::string not_written(const std::string& path, int error) {
   const char* advice = "check the path and the disk";
   if (error == ENOSPC || error == EDQUOT) advice = "free some disk space";
   if (error == ENOENT || error == ENOTDIR) advice = "name a file in a folder that exists";
@@ -141,7 +143,8 @@ std::string why_not_written(int error) {
   if (error == EISDIR) advice = "name a file in it";
   if (error == EPIPE) advice = "keep what reads it running";
   if (error == ENXIO) advice = "start what reads it first";
-  return detail::message(" (", std::strerror(error), "): ", advice);
+  const std::string name = path == g_stdout ? "standard output" : "'" + path + "'";
+  return detail::message("cannot write ", name, " (", std::strerror(error), "): ", advice);
 }
 
 std::size_t append_file(const std::string& path, std::string& out) {
@@ -175,9 +178,7 @@ std::string read_file(const std::string& path) {
 
 void write_file_atomically(const std::string& path, std::span<const char> bytes) {
   const Target target = follow(path);
-  const auto fail = [&](int error) {
-    throw Error(detail::message("cannot write '", path, "'", why_not_written(error)));
-  };
+  const auto fail = [&](int error) { throw Error(not_written(path, error)); };
   if (target.own_descriptor) {
     if (!write_all(*target.own_descriptor, bytes)) fail(errno);
     return;
@@ -203,20 +204,32 @@ std::FILE* open_to_write(const std::string& path) {
   const int fd = target.own_descriptor ? ::fcntl(*target.own_descriptor, F_DUPFD_CLOEXEC, 0)
                                        : open_when_read(target.path, O_CREAT | O_TRUNC);
   std::FILE* file = fd < 0 ? nullptr : ::fdopen(fd, "w");
-  if (file == nullptr) {
-    throw InvalidArgument(detail::message("cannot write '", path, "'", why_not_written(errno)));
-  }
+  if (file == nullptr) throw InvalidArgument(not_written(path, errno));
   return file;
 }
 
+void check_writable(const std::string& path) {
+  const Target target = follow(path);
+  struct stat info {};
+  const bool exists = ::stat(target.path.c_str(), &info) == 0;
+  if (target.own_descriptor || (exists && S_ISFIFO(info.st_mode))) return;
+  const Descriptor file(
+      ::open(target.path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC | O_NOCTTY, 0666));
+  if (file.get() < 0) throw InvalidArgument(not_written(path, errno));
+}
+
+void flush_stdout() {
+  if (std::fflush(stdout) != 0) throw Error(not_written(g_stdout, errno));
+}
+
 std::string with_stdout_to_itself(const std::string& path) {
-  if (path.empty() || follow(path).own_descriptor != STDOUT_FILENO) return path;
+  if (path.empty() || (path != "-" && follow(path).own_descriptor != STDOUT_FILENO)) return path;
   std::fflush(stdout);
   const int copy = ::fcntl(STDOUT_FILENO, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
   if (copy < 0 || ::dup2(STDERR_FILENO, STDOUT_FILENO) < 0) {
-    throw Error(detail::message("cannot write '", path, "'", why_not_written(errno)));
+    throw Error(not_written(g_stdout, errno));
   }
-  return "/proc/self/fd/" + std::to_string(copy);
+  return g_stdout = "/proc/self/fd/" + std::to_string(copy);
 }
 
 }  // namespace lshmoe

@@ -29,12 +29,21 @@ void write_file_atomically(const std::string& path, std::span<const char> bytes)
 /// /dev/fd/3) it goes on where that stands. The caller closes it. Throws InvalidArgument as above.
 [[nodiscard]] std::FILE* open_to_write(const std::string& path);
 
-/// For a path that leads to this process's standard output: from now on everything else that is
-/// printed there goes to standard error, and the path returned leads to the standard output of
-/// before. Any other path is returned as it is. Local; before other threads print.
+/// Throws as open_to_write if a file that is to be written later cannot be; makes one that is not
+/// there, and changes none. Pipes are left alone: a reader would take this opening for all there
+/// is.
+void check_writable(const std::string& path);
+
+/// For "-", or a path that leads to this process's standard output: from now on everything else
+/// that is printed there goes to standard error, and the path returned leads to the standard output
+/// of before. Any other path is returned as it is. Local; before other threads print.
 [[nodiscard]] std::string with_stdout_to_itself(const std::string& path);
 
-/// " (the system's reason): what to do" for an errno of opening or writing a file.
-[[nodiscard]] std::string why_not_written(int error);
+/// Sends what was printed to standard output on its way. Throws Error when that fails (the disk is
+/// full, a reader has gone).
+void flush_stdout();
+
+/// "cannot write 'PATH' (the system's reason): what to do" for an errno of opening or writing it.
+[[nodiscard]] std::string not_written(const std::string& path, int error);
 
 }  // namespace lshmoe

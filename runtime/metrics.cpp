@@ -15,7 +15,7 @@ void MetricsWriter::write(const nlohmann::ordered_json& record) {
   const std::string line = record.dump() + "\n";
   if (std::fwrite(line.data(), 1, line.size(), file_.get()) != line.size() ||
       std::fflush(file_.get()) != 0) {
-    throw Error(detail::message("writing metrics to '", path_, "' failed", why_not_written(errno)));
+    throw Error(not_written(path_, errno));
   }
 }
 

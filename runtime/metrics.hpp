@@ -1,5 +1,5 @@
 #pragma once
-// Metrics: one JSON object a line, for machines.
+// Metrics and measurements: one JSON object a line, for machines.
 
 #include <cstdio>
 #include <memory>

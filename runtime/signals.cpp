@@ -39,4 +39,6 @@ StopFlag::~StopFlag() {
 
 bool StopFlag::requested() const { return g_requested != 0; }
 
+void ignore_broken_pipes() { std::signal(SIGPIPE, SIG_IGN); }
+
 }  // namespace lshmoe

@@ -1,5 +1,6 @@
 #pragma once
 // StopFlag: lets a job end cleanly after its current step when a signal asks for it.
+// ignore_broken_pipes: a reader that leaves is an error, not the end of the process.
 
 namespace lshmoe {
 
@@ -17,5 +18,9 @@ class StopFlag {
   /// True once one of the signals came to this process. Local, async-signal-safe.
   [[nodiscard]] bool requested() const;
 };
+
+/// From now on writing to a pipe that nobody reads any more fails (EPIPE) instead of ending the
+/// process by SIGPIPE. First thing in main. Local.
+void ignore_broken_pipes();
 
 }  // namespace lshmoe

@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <set>
@@ -31,9 +30,7 @@ std::string trace_path(const std::string& path, int rank, int world_size) {
 }
 
 TraceSession::TraceSession(std::string path) : path_(std::move(path)) {
-  // A reader of a pipe would take an early opening for all there is.
-  std::error_code none;
-  if (!std::filesystem::is_fifo(path_, none)) std::fclose(open_to_write(path_));
+  check_writable(path_);
   const std::set<impl::ActivityType> activities = {impl::ActivityType::CPU};
   const impl::ProfilerConfig config(impl::ProfilerState::KINETO);
   prof::prepareProfiler(config, activities);
@@ -57,9 +54,7 @@ void TraceSession::write() {
   // The profiler knows regular files only.
   std::string temporary = std::filesystem::temp_directory_path() / "lshmoe-trace.XXXXXX.json";
   const int made = ::mkstemps(temporary.data(), 5);  // nobody else's, nor a link
-  if (made < 0) {
-    throw Error(detail::message("cannot write '", temporary, "'", why_not_written(errno)));
-  }
+  if (made < 0) throw Error(not_written(temporary, errno));
   ::close(made);
   result->save(temporary);
   const std::string bytes = read_file(temporary);

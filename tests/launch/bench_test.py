@@ -189,7 +189,7 @@ class BenchTest(unittest.TestCase):
              ("int8", "nearest", None), ("int8", "stochastic", None),
              ("lsh", "nearest", "row"), ("lsh", "dithered", "row"),
              ("lsh", "nearest", "group"), ("lsh", "dithered", "group")])
-        # By chance to either neighbour: twice the mean square of the nearest.
+        # By chance to either neighbor: twice the mean square of the nearest.
         for nearest, stochastic in (lines[1:3], lines[3:5]):
             ratio = stochastic["mean_error"] / nearest["mean_error"]
             self.assertAlmostEqual(ratio, math.sqrt(2), delta=0.05)
@@ -308,10 +308,11 @@ class BenchTest(unittest.TestCase):
     def test_json_on_standard_output(self):
         for sub, args in (("codec", ["--synthetic-rows", "64", "--hidden-size", "32"]),
                           ("layer", LayerTest.SIZES)):
-            for path in "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1":
+            for path in "-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1":
                 job = subprocess.run([PROGRAM, sub, *args, "--json", path], capture_output=True,
-                                     text=True, timeout=60)
+                                     text=True, timeout=60, cwd=self.folder)
                 self.assertEqual(job.returncode, 0, job.stderr)
+                self.assertNotIn("-", os.listdir(self.folder))
                 self.assertGreater(len([json.loads(line) for line in job.stdout.splitlines()]), 1)
                 self.assertIn("MB/s" if sub == "codec" else "TFLOP/s", job.stderr)
             # Also where that is a file, after what stands in it.
@@ -326,6 +327,19 @@ class BenchTest(unittest.TestCase):
             self.assertEqual(lines[0], "before")
             self.assertGreater(len([json.loads(line) for line in lines[1:]]), 1)
 
+    def test_lines_as_they_are_measured(self):
+        pipe = self.path("pipe")
+        os.mkfifo(pipe)
+        bounds = [str(0.1 + i / 1e5) for i in range(5000)]
+        with subprocess.Popen([PROGRAM, "codec", "--kind", "bf16", "lsh", "--max-error", *bounds,
+                               "--synthetic-rows", "256", "--hidden-size", "64", "--json", pipe],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as job:
+            with open(pipe, encoding="ascii") as lines:
+                self.assertEqual(json.loads(lines.readline())["kind"], "bf16")
+            error = job.stderr.read()
+        self.assertEqual(job.returncode, 1, error)
+        self.assertIn(f"cannot write '{pipe}' (Broken pipe): keep what reads it running", error)
+
     def test_refuses(self):
         source = self.write("x.npy", npy(gaussian(20, 8), "<f4"))
         for args, text in (
@@ -338,10 +352,17 @@ class BenchTest(unittest.TestCase):
                 (["--dtype", "fp16"], "unknown dtype 'fp16'"),
                 (["--rounding", "up"], "unknown rounding 'up'"),
                 (["--kind", "lsh", "--rounding", "stochastic"], "no combination"),
-                (["--synthetic-clusters", "-1"], "must be 0 (none) or more"),
-                (["--json", "/nowhere/x.json"], "/nowhere")):
-            job = self.run_bench(["--input", source, "--repeat", "1", *args])
-            self.assertEqual(job.returncode, 1, args)
+                (["--first-row", "20"], "(it has 20 rows, from 0): give a smaller one"),
+                (["--json", "/nowhere/x.json"], "cannot write '/nowhere/x.json' (No such file"),
+                (["--plot", "/nowhere/x.svg"], "cannot write '/nowhere/x.svg' (No such file"),
+                *((["--" + name, value], f"{name} is {value} (must be at least {least})")
+                  for name, least in (("first-row", 0), ("fit-rows", 0), ("synthetic-rows", 1),
+                                      ("hidden-size", 1), ("synthetic-clusters", 0),
+                                      ("group-rows", 1), ("repeat", 1), ("codebook-size", 0))
+                  for value in ("-4", "0")[:1 + least])):
+            given = [] if "--repeat" in args else ["--repeat", "1"]
+            job = self.run_bench(["--input", source, *given, *args])
+            self.assertEqual((job.returncode, job.stdout), (1, ""), args)  # nothing was measured
             self.assertIn(text, job.stderr)
         for descr in "<i4", ">f4", "<V4":
             job = self.run_bench(["--input", self.write("y.npy", npy(gaussian(3, 4), descr))])
@@ -372,6 +393,7 @@ class LayerTest(unittest.TestCase):
     def test_alone(self):
         for dtype in "fp32", "bf16":
             lines, text = self.measure(["--dtype", dtype])
+            self.assertTrue(text.startswith("1 rank, 96 tokens each"), text)
             self.assertEqual(lines[0]["variant"], "lshmoe, uncompressed")
             self.assertEqual(lines[-1]["variant"], "reference, loop")
             self.assertIn("from the reference's", text)
@@ -423,14 +445,22 @@ class LayerTest(unittest.TestCase):
 
     def test_refuses(self):
         for args, text in ((["--dtype", "fp16"], "unknown dtype 'fp16'"),
-                           (["--tokens", "0"], "must be 1 or more"),
                            (["--num-experts", "8", "--top-k", "9"], "top_k"),
+                           (["--json", "/nowhere/x.json"], "cannot write '/nowhere/x.json' (No such"),
+                           (["--codec-state", "learned"], "--codec-state without --compress (only "
+                            "the uncompressed layer is measured): add --compress lsh, or"),
+                           (["--compress", "lsh", "--max-error-backward", "-4"], "max_error -4"),
+                           *((["--" + name, value], f"{name} is {value} (must be at least 1)")
+                             for name in ("hidden-size", "ffn-hidden-size", "num-experts", "top-k",
+                                          "tokens", "repeat") for value in ("-4", "0")),
                            (["--compress", "fp9"], "unknown codec kind 'fp9'"),
                            ([], "PMI_SIZE is 4 but this process is alone")):
             more = {} if args else {"PMI_SIZE": "4", "PMI_RANK": "1"}
-            job = subprocess.run([PROGRAM, "layer", *args], capture_output=True, text=True,
+            given = [word for name, value in zip(self.SIZES[::2], self.SIZES[1::2])
+                     if name not in args for word in (name, value)]
+            job = subprocess.run([PROGRAM, "layer", *given, *args], capture_output=True, text=True,
                                  env={**os.environ, **more})
-            self.assertEqual(job.returncode, 1, args)
+            self.assertEqual((job.returncode, job.stdout), (1, ""), args)  # nothing was measured
             self.assertIn(text, job.stderr)
 
 

@@ -249,13 +249,13 @@ TEST_F(Writing, SaysWhatToDo) {
   EXPECT_EQ(advice_for(path("none/file")),
             " (No such file or directory): name a file in a folder that exists");
   EXPECT_EQ(advice_for(path(".")), " (Is a directory): name a file in it");
-  EXPECT_EQ(
-      error_of([] {
-        MetricsWriter("/dev/full").write({{"step", 1}});
-      }),
-      "writing metrics to '/dev/full' failed (No space left on device): free some disk space");
+  EXPECT_EQ(error_of([] {
+              MetricsWriter("/dev/full").write({{"step", 1}});
+            }),
+            "cannot write '/dev/full' (No space left on device): free some disk space");
   ASSERT_EQ(::mkfifo(path("pipe").c_str(), 0600), 0);
-  const auto before = std::signal(SIGPIPE, SIG_IGN);
+  const auto before = std::signal(SIGPIPE, SIG_DFL);
+  ignore_broken_pipes();
   const int reader = ::open(path("pipe").c_str(), O_RDONLY | O_NONBLOCK);
   MetricsWriter writer(path("pipe"));
   ::close(reader);
@@ -264,6 +264,78 @@ TEST_F(Writing, SaysWhatToDo) {
             }).find("(Broken pipe): keep what reads it running"),
             std::string::npos);
   std::signal(SIGPIPE, before);
+}
+
+TEST_F(Writing, ChecksBeforeTheWork) {
+  check_writable(path("new"));
+  EXPECT_EQ(read_file(path("new")), "");
+  write_file_atomically(path("new"), kText);
+  check_writable(path("new"));
+  EXPECT_EQ(read_file(path("new")), kText);  // what it was to be replaced by may never come
+  check_writable("/dev/null");
+  ASSERT_EQ(::mkfifo(path("pipe").c_str(), 0600), 0);
+  check_writable(path("pipe"));  // nobody reads, and nothing waits
+  EXPECT_EQ(error_of([&] { check_writable(path("none/file")); }),
+            "cannot write '" + path("none/file") +
+                "' (No such file or directory): name a file in a folder that exists");
+  EXPECT_NE(
+      error_of([&] { check_writable(path(".")); }).find("(Is a directory): name a file in it"),
+      std::string::npos);
+}
+
+/// Standard output and standard error lead to files of the folder until it ends.
+class Redirected {
+ public:
+  Redirected(const std::string& out, const std::string& error) {
+    std::fflush(stdout);
+    for (int fd : {STDOUT_FILENO, STDERR_FILENO}) {
+      former_.push_back(::dup(fd));
+      const int file =
+          ::open((fd == STDOUT_FILENO ? out : error).c_str(), O_WRONLY | O_CREAT, 0600);
+      EXPECT_GE(file, 0);
+      ::dup2(file, fd);
+      ::close(file);
+    }
+  }
+  ~Redirected() {
+    std::fflush(stdout);
+    for (int fd : {STDOUT_FILENO, STDERR_FILENO}) {
+      ::dup2(former_[static_cast<std::size_t>(fd - STDOUT_FILENO)], fd);
+      ::close(former_[static_cast<std::size_t>(fd - STDOUT_FILENO)]);
+    }
+  }
+  Redirected(const Redirected&) = delete;
+  Redirected& operator=(const Redirected&) = delete;
+
+ private:
+  std::vector<int> former_;
+};
+
+TEST_F(Writing, StandardOutputToItself) {
+  EXPECT_EQ(with_stdout_to_itself(path("file")), path("file"));
+  EXPECT_EQ(with_stdout_to_itself(""), "");
+  for (const char* name : {"-", "/dev/stdout"}) {
+    {
+      const Redirected both(path("out"), path("error"));
+      MetricsWriter writer(with_stdout_to_itself(name));
+      std::puts("a table");
+      writer.write({{"step", 1}});
+    }
+    EXPECT_EQ(read_file(path("out")), "{\"step\":1}\n") << name;
+    EXPECT_EQ(read_file(path("error")), "a table\n") << name;
+    expect_names({"out", "error"});
+  }
+  std::string metrics, printed;
+  {
+    const Redirected both("/dev/full", path("error"));
+    std::puts("a table");
+    printed = error_of([] { flush_stdout(); });
+    std::string itself = with_stdout_to_itself("-");
+    metrics = error_of([&] { MetricsWriter(itself).write({{"step", 1}}); });
+  }
+  for (const std::string& text : {metrics, printed}) {
+    EXPECT_EQ(text, "cannot write standard output (No space left on device): free some disk space");
+  }
 }
 
 TEST(Metrics, WritesOneObjectALineWithAllBits) {
@@ -305,6 +377,12 @@ TEST(Log, EveryLineNamesTheRankAndOnlyRankZeroInforms) {
   EXPECT_NE(text.find("[rank 0] [info] informed"), std::string::npos) << text;
   // "[hh:mm:ss] [error] alone": no rank between.
   EXPECT_EQ(text.find("[error] alone") - text.find('\n', text.find("informed")), 12u) << text;
+}
+
+TEST(Error, CountsThings) {
+  EXPECT_EQ(detail::counted(0, "rank"), "0 ranks");
+  EXPECT_EQ(detail::counted(1, "rank"), "1 rank");
+  EXPECT_EQ(detail::counted(2, "rank"), "2 ranks");
 }
 
 TEST(Error, TextCarriesTheRank) {
