@@ -89,7 +89,7 @@ at::Tensor LanguageModelImpl::attention(const at::Tensor& x, const Block& block)
         at::polar(at::ones_like(angle), angle).to(at::kComplexFloat).unsqueeze(1).to(x.device());
   }
   const at::Tensor qkv = linear(x, block.qkv).view({batch, length, 3 * heads, head_dim});
-  // Pairs of neighbouring channels of q and k as complex numbers, turned by their position's angle.
+  // Pairs of neighboring channels of q and k as complex numbers, turned by their position's angle.
   const at::Tensor qk =
       at::view_as_complex(qkv.narrow(2, 0, 2 * heads)
                               .to(at::kFloat)

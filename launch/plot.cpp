@@ -12,9 +12,9 @@ constexpr double kWidth = 900, kHeight = 560;
 constexpr double kLeft = 76, kRight = 660, kTop = 52, kBottom = 500;  // of the axes
 constexpr double kLegend = 684;
 
-// Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow.
-constexpr std::array<const char*, 7> kColours{"#0072B2", "#D55E00", "#009E73", "#CC79A7",
-                                              "#56B4E9", "#E69F00", "#444444"};
+// Okabe and Ito's colors, which color-blind readers tell apart, without the yellow.
+constexpr std::array<const char*, 7> kColors{"#0072B2", "#D55E00", "#009E73", "#CC79A7",
+                                             "#56B4E9", "#E69F00", "#444444"};
 constexpr int kMarkers = 5;
 
 std::string format(const char* text, ...) {
@@ -49,20 +49,20 @@ std::string text_at(double x, double y, const char* anchor, const std::string& t
 }
 
 std::string marker(std::size_t number, double x, double y) {
-  const char* colour = kColours[number % kColours.size()];
+  const char* color = kColors[number % kColors.size()];
   switch (number % kMarkers) {
     case 0:
-      return format("<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4.5\" fill=\"%s\"/>\n", x, y, colour);
+      return format("<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4.5\" fill=\"%s\"/>\n", x, y, color);
     case 1:
       return format("<rect x=\"%.1f\" y=\"%.1f\" width=\"8\" height=\"8\" fill=\"%s\"/>\n", x - 4,
-                    y - 4, colour);
+                    y - 4, color);
     case 2:
-      return format("<path d=\"M%.1f %.1fl5.5 9.5h-11z\" fill=\"%s\"/>\n", x, y - 6, colour);
+      return format("<path d=\"M%.1f %.1fl5.5 9.5h-11z\" fill=\"%s\"/>\n", x, y - 6, color);
     case 3:
       return format("<path d=\"M%.1f %.1fl5.5 5.5l-5.5 5.5l-5.5 -5.5z\" fill=\"%s\"/>\n", x,
-                    y - 5.5, colour);
+                    y - 5.5, color);
     default:
-      return format("<path d=\"M%.1f %.1fl5.5 -9.5h-11z\" fill=\"%s\"/>\n", x, y + 6, colour);
+      return format("<path d=\"M%.1f %.1fl5.5 -9.5h-11z\" fill=\"%s\"/>\n", x, y + 6, color);
   }
 }
 
@@ -162,7 +162,7 @@ std::string rate_distortion_svg(const std::string& title, const std::vector<Plot
     }
     if (series[i].points.size() > 1) {
       svg += format("<polyline fill=\"none\" stroke=\"%s\" stroke-width=\"1.5\" points=\"",
-                    kColours[i % kColours.size()]) +
+                    kColors[i % kColors.size()]) +
              line + "\"/>\n";
     }
     for (const PlotPoint& point : series[i].points) {

@@ -10,7 +10,7 @@ struct PlotPoint {
   double bits = 0;   ///< per element
   double error = 0;  ///< mean relative error
 };
-/// Points of one colour and marker, joined in the order of their bits.
+/// Points of one color and marker, joined in the order of their bits.
 struct PlotSeries {
   std::string name;
   std::vector<PlotPoint> points;

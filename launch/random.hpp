@@ -6,7 +6,7 @@
 
 namespace lshmoe::launch {
 
-/// splitmix64's finaliser (Steele, Lea, Flood 2014): a bijection of 64 bits.
+/// splitmix64's finalizer (Steele, Lea, Flood 2014): a bijection of 64 bits.
 [[nodiscard]] constexpr std::uint64_t mix64(std::uint64_t x) {
   x += 0x9E3779B97F4A7C15ULL;
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ULL;

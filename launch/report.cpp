@@ -6,6 +6,9 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
+#include "lshmoe/runtime/error.hpp"
+#include "lshmoe/runtime/files.hpp"
+
 namespace lshmoe::launch {
 namespace {
 
@@ -29,7 +32,7 @@ std::string duration(double seconds) {
 
 void print_line(const std::string& text) {
   std::fputs((text + "\n").c_str(), stdout);
-  std::fflush(stdout);
+  flush_stdout();
 }
 
 nlohmann::ordered_json bytes_by_direction(const StepReport& r) {
@@ -77,13 +80,12 @@ Reporter::Reporter(const TrainOptions& options, const ExpertGroups& groups, cons
     : options_(options), tokens_per_step_(tokens_per_step), eval_loss_(kNone) {
   if (!options.metrics.empty()) metrics_ = std::make_unique<MetricsWriter>(options.metrics);
   const std::string place = options.device == "cuda" ? " on GPUs by " + options.comm_backend : "";
-  print_line(
-      format("%d ranks%s, ep-size %d, %lld parameters, %lld experts top-%lld, compress %s, "
-             "%lld steps of %lld tokens",
-             groups.world->size(), place.c_str(), groups.expert->size(),
-             static_cast<long long>(num_parameters), static_cast<long long>(options.num_experts),
-             static_cast<long long>(options.top_k), options.compress.c_str(),
-             static_cast<long long>(options.steps), static_cast<long long>(tokens_per_step)));
+  using detail::counted;
+  print_line(detail::message(counted(groups.world->size(), "rank"), place, ", ep-size ",
+                             groups.expert->size(), ", ", counted(num_parameters, "parameter"),
+                             ", ", counted(options.num_experts, "expert"), " top-", options.top_k,
+                             ", compress ", options.compress, ", ", counted(options.steps, "step"),
+                             " of ", counted(tokens_per_step, "token")));
 }
 
 void Reporter::add_skipped(const StepReport& r) {
@@ -140,8 +142,8 @@ void Reporter::summary(bool stopped) const {
   const PhaseSeconds& s = sum_.seconds;
   print_line("");
   if (whole_steps_ == 0) {
-    print_line(format("stopped before the first of %lld steps was whole",
-                      static_cast<long long>(options_.steps)));
+    print_line("stopped before the first of " + detail::counted(options_.steps, "step") +
+               " was whole");
     return;
   }
   const auto steps = static_cast<double>(whole_steps_);
@@ -152,8 +154,7 @@ void Reporter::summary(bool stopped) const {
              static_cast<long long>(options_.steps), duration(s.step).c_str(), steps / s.step,
              steps * static_cast<double>(tokens_per_step_) / s.step, eval_seconds_));
   if (skipped_ > 0) {
-    print_line(format("  skipped         %lld steps that were not finite",
-                      static_cast<long long>(skipped_)));
+    print_line("  skipped         " + detail::counted(skipped_, "step") + " (not finite)");
   }
   print_line(format("  training loss   %.4f nats a token (last step)", last_.loss));
   if (std::isfinite(eval_loss_)) {
@@ -185,13 +186,13 @@ void Reporter::summary(bool stopped) const {
         static_cast<long long>(last_.codec_state_version), sum_.codec_state_bytes / kMebi,
         s.codec_state, last_.codec_state_memory / kMebi));
   }
-  const double rest = s.step - s.experts - s.codec - s.alltoall - s.gradients - s.optimiser;
+  const double rest = s.step - s.experts - s.codec - s.alltoall - s.gradients - s.optimizer;
   const auto share = [&](double seconds) { return 100 * seconds / s.step; };
   print_line(
       format("  time            experts %.1f %%, codec %.1f %%, all-to-all %.1f %%, gradient "
-             "reduction %.1f %%, optimiser %.1f %%, rest of the model %.1f %%",
+             "reduction %.1f %%, optimizer %.1f %%, rest of the model %.1f %%",
              share(s.experts), share(s.codec), share(s.alltoall), share(s.gradients),
-             share(s.optimiser), share(rest)));
+             share(s.optimizer), share(rest)));
 }
 
 }  // namespace lshmoe::launch

@@ -44,7 +44,7 @@ LanguageModel make_model(const TrainOptions& options, const ExpertGroups& groups
 }
 
 /// Weight decay on matrices only: vectors are norms and biases (an expert's bias is [experts, n]).
-std::unique_ptr<torch::optim::AdamW> make_optimiser(const TrainOptions& options,
+std::unique_ptr<torch::optim::AdamW> make_optimizer(const TrainOptions& options,
                                                     const torch::nn::Module& model) {
   std::vector<at::Tensor> matrices, vectors;
   for (const auto& item : model.named_parameters()) {
@@ -145,7 +145,7 @@ PhaseSeconds& PhaseSeconds::operator+=(const PhaseSeconds& other) {
   codec_state += other.codec_state;
   alltoall += other.alltoall;
   gradients += other.gradients;
-  optimiser += other.optimiser;
+  optimizer += other.optimizer;
   step += other.step;
   return *this;
 }
@@ -157,7 +157,7 @@ Trainer::Trainer(const TrainOptions& options, const ExpertGroups& groups, const 
       device_(device_of(options)),
       model_(make_model(options, groups, data, device_)),
       reducer_(groups, *model_),
-      optimiser_(make_optimiser(options, *model_)) {}
+      optimizer_(make_optimizer(options, *model_)) {}
 
 Trainer::Accumulated Trainer::accumulate(int64_t step) {
   model_->train();
@@ -191,7 +191,7 @@ Trainer::Accumulated Trainer::accumulate(int64_t step) {
 
 void Trainer::abandon_for_gradient(double norm) {
   // Reduced, they are alike on all ranks: whose they were shows only before that.
-  optimiser_->zero_grad(/*set_to_none=*/false);
+  optimizer_->zero_grad(/*set_to_none=*/false);
   (void)accumulate(step_);
   run_together(*groups_.world, [&] {
     // A backward goes from the last parameters to the first: the last one is next to the cause.
@@ -218,7 +218,7 @@ StepReport Trainer::step(bool stop) {
     return report;
   } catch (const StepAbandoned& error) {
     // The next step would add to what this one left.
-    optimiser_->zero_grad(/*set_to_none=*/false);
+    optimizer_->zero_grad(/*set_to_none=*/false);
     discard_step(*model_);
     StepReport report;
     report.step = step_;
@@ -231,7 +231,7 @@ StepReport Trainer::step(bool stop) {
           "step ", step_, ": ", error.cause, " (training diverged",
           options_.skip_nonfinite == 0
               ? ""
-              : detail::message("; the ", options_.skip_nonfinite, " steps before it were skipped"),
+              : "; skipped before it: " + detail::counted(options_.skip_nonfinite, "step"),
           "): lower --lr, or set --clip-grad"));
     }
     report.stop = any_stops(stop);
@@ -247,7 +247,7 @@ StepReport Trainer::whole_step(bool stop) {
 
   const Accumulated out = accumulate(step_);
 
-  PhaseTimer gradient_time, optimiser_time;
+  PhaseTimer gradient_time, optimizer_time;
   {
     const PhaseTimer::Span span(gradient_time, device_);
     reducer_.reduce();
@@ -255,14 +255,14 @@ StepReport Trainer::whole_step(bool stop) {
   }
   if (!std::isfinite(report.grad_norm)) abandon_for_gradient(report.grad_norm);
   {
-    RECORD_FUNCTION("lshmoe::optimiser", std::vector<c10::IValue>{});
-    const PhaseTimer::Span span(optimiser_time, device_);
-    for (auto& group : optimiser_->param_groups()) {
+    RECORD_FUNCTION("lshmoe::optimizer", std::vector<c10::IValue>{});
+    const PhaseTimer::Span span(optimizer_time, device_);
+    for (auto& group : optimizer_->param_groups()) {
       static_cast<torch::optim::AdamWOptions&>(group.options()).lr(report.lr);
     }
-    optimiser_->step();
+    optimizer_->step();
     // In place: the next backward adds to the same memory.
-    optimiser_->zero_grad(/*set_to_none=*/false);
+    optimizer_->zero_grad(/*set_to_none=*/false);
     model_->update_expert_bias();
   }
   phase.lap();
@@ -281,7 +281,7 @@ StepReport Trainer::whole_step(bool stop) {
 
   report.loss = out.loss;
   report.seconds.gradients = gradient_time.seconds();
-  report.seconds.optimiser = optimiser_time.seconds();
+  report.seconds.optimizer = optimizer_time.seconds();
   report.aux_loss = out.aux_loss;
   const auto layers = static_cast<int64_t>(out.stats.front().size());
   // [0]: choices, [1]: of those dropped; of each layer and expert.
@@ -306,7 +306,7 @@ StepReport Trainer::whole_step(bool stop) {
                            &report.seconds.codec_state,
                            &report.seconds.alltoall,
                            &report.seconds.gradients,
-                           &report.seconds.optimiser,
+                           &report.seconds.optimizer,
                            &report.seconds.step};
   for (double* field : means) gathered.sum(*field);
   for (double* field : {&stops, &report.plan_bytes, &report.codec_state_bytes, &report.bytes_raw,
@@ -369,7 +369,7 @@ double Trainer::evaluate() {
 }
 
 Gradient Trainer::gradient(int64_t step) {
-  optimiser_->zero_grad(/*set_to_none=*/false);
+  optimizer_->zero_grad(/*set_to_none=*/false);
   (void)accumulate(step);
   reducer_.reduce();
   const auto flat = [](const std::vector<at::Tensor>& parameters) {
@@ -378,7 +378,7 @@ Gradient Trainer::gradient(int64_t step) {
     return parts.empty() ? at::zeros({0}) : at::cat(parts);
   };
   Gradient gradient = {flat(reducer_.shared_parameters()), flat(reducer_.expert_parameters())};
-  optimiser_->zero_grad(/*set_to_none=*/false);
+  optimizer_->zero_grad(/*set_to_none=*/false);
   return gradient;
 }
 

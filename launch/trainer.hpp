@@ -26,7 +26,7 @@ namespace lshmoe::launch {
 
 /// Wall time by phase, seconds; means over the ranks.
 struct PhaseSeconds {
-  double experts = 0, codec = 0, alltoall = 0, gradients = 0, optimiser = 0, step = 0;
+  double experts = 0, codec = 0, alltoall = 0, gradients = 0, optimizer = 0, step = 0;
   double codec_state = 0;  ///< refreshing learned state; part of codec
   PhaseSeconds& operator+=(const PhaseSeconds& other);
 };
@@ -72,15 +72,15 @@ struct Gradient {
   at::Tensor shared, experts;
 };
 
-/// A model, its optimiser, and where they stand. Every member function is collective over the
+/// A model, its optimizer, and where they stand. Every member function is collective over the
 /// world, if it does not say otherwise.
 class Trainer {
  public:
-  /// Options as validated, their device as resolve_device sets it; model and optimiser are there.
+  /// Options as validated, their device as resolve_device sets it; model and optimizer are there.
   /// `data` must outlive the trainer.
   Trainer(const TrainOptions& options, const ExpertGroups& groups, const DataSource& data);
 
-  /// The next optimiser step, over `accumulate` micro-batches. `stop`: this rank was asked to stop.
+  /// The next optimizer step, over `accumulate` micro-batches. `stop`: this rank was asked to stop.
   /// A loss, gradient or row to send that is not finite skips the step on all ranks; throws
   /// NotFinite on all ranks after more than `skip_nonfinite` such steps in a row.
   [[nodiscard]] StepReport step(bool stop);
@@ -129,7 +129,7 @@ class Trainer {
   at::Device device_;
   LanguageModel model_;
   GradientReducer reducer_;
-  std::unique_ptr<torch::optim::AdamW> optimiser_;
+  std::unique_ptr<torch::optim::AdamW> optimizer_;
   int64_t step_ = 0;
   int64_t skipped_in_a_row_ = 0;
 };

@@ -1,4 +1,4 @@
-"""Packs a build, checks the pack as on another machine, and check.py's own judgement.
+"""Packs a build, checks the pack as on another machine, and check.py's own judgment.
 
     python gpu_check_test.py BUILD_DIR
 """
@@ -342,7 +342,7 @@ class Machine(unittest.TestCase):
         self.assertLess(check.BUDGET_SECONDS, 8 * 60)
 
 
-class Judgement(unittest.TestCase):
+class Judgment(unittest.TestCase):
     """Programs that print what GoogleTest prints."""
 
     def judge(self, script, kind="test", seconds=60):

@@ -41,7 +41,7 @@ message("${out}")
 run("${MPIEXEC}" -n 2 "${WORK_DIR}/build/${program}")
 message("${out}")
 
-# The example must have learnt, and have sent less than the raw rows.
+# The example must have learned, and have sent less than the raw rows.
 if(KIND STREQUAL "prefix")
   string(REGEX MATCH "step   0  loss ([0-9.]+)" match "${out}")
   set(first "${CMAKE_MATCH_1}")

@@ -77,8 +77,8 @@ class Formulas {
   const at::Tensor& p(const std::string& name) const { return parameters_.at(name); }
 
   at::Tensor norm(const at::Tensor& row, const std::string& weight) const {
-    const at::Tensor centred = row - row.mean();
-    return centred / at::sqrt(centred.square().mean() + 1e-5) * p(weight);
+    const at::Tensor centered = row - row.mean();
+    return centered / at::sqrt(centered.square().mean() + 1e-5) * p(weight);
   }
   static at::Tensor gelu(const at::Tensor& x) {
     return 0.5 * x * (1 + at::erf(x / std::sqrt(2.0)));

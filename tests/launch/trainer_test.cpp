@@ -378,8 +378,8 @@ TEST(Trainer, TimesAreParts) {
   const Course run = train_steps(options({"--compress", "lsh"}), make_expert_groups(world()), 3);
   for (const StepReport& report : run.steps) {
     const PhaseSeconds& s = report.seconds;
-    for (const double part : {s.experts, s.gradients, s.optimiser}) EXPECT_GT(part, 0.0);
-    EXPECT_LE(s.experts + s.codec + s.alltoall + s.gradients + s.optimiser, s.step);
+    for (const double part : {s.experts, s.gradients, s.optimizer}) EXPECT_GT(part, 0.0);
+    EXPECT_LE(s.experts + s.codec + s.alltoall + s.gradients + s.optimizer, s.step);
   }
 }
 
@@ -522,7 +522,7 @@ TEST(Trainer, SkipsAStepThatIsNotFiniteOnOneRank) {
       } catch (const NotFinite& error) {
         text = error.what();
       }
-      EXPECT_NE(text.find("(training diverged; the 2 steps before it were skipped): lower --lr"),
+      EXPECT_NE(text.find("(training diverged; skipped before it: 2 steps): lower --lr"),
                 std::string::npos)
           << text;
     }
