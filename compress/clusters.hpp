@@ -22,7 +22,7 @@ struct ClusterInput {
   std::int64_t rows = 0;
   std::int64_t hidden = 0;
   const float* x = nullptr;  ///< [rows, hidden]; null: cluster_means makes the centroids
-  const float* z = nullptr;  ///< [rows, projection], centred, scaled to about 1
+  const float* z = nullptr;  ///< [rows, projection], centered, scaled to about 1
 };
 
 /// [count, hidden]: the centroids of clusters of these rows.

@@ -209,7 +209,7 @@ class Codec {
 
   /// state=learned: where a fit is due, fits the state to the rows observed by all ranks of `comm`
   /// since the last one; every rank gets the same bits. The former version stays known to decode.
-  /// Call it once an optimiser step, between a backward and the next forward, on all ranks of the
+  /// Call it once an optimizer step, between a backward and the next forward, on all ranks of the
   /// group alike. Collective over `comm`. Returns whether the version changed. Else a no-op.
   virtual bool refresh(Communicator& comm);
   [[nodiscard]] virtual StateStats state_stats() const;

@@ -95,12 +95,12 @@ typename GroupPlanner<T>::Projected GroupPlanner<T>::project(const BoundedRows<T
     group.rows.read(x.data(), i, count);
     projection_.multiply(projected.z.data() + i * columns, x.data(), count);
   }
-  std::vector<float> centre(static_cast<std::size_t>(columns));
-  projection_.multiply(centre.data(), mean.data(), 1);
+  std::vector<float> center(static_cast<std::size_t>(columns));
+  projection_.multiply(center.data(), mean.data(), 1);
   double energy = 0;
   for (std::int64_t i = 0; i < rows; ++i) {
     float* z = projected.z.data() + i * columns;
-    for (std::int64_t j = 0; j < columns; ++j) z[j] -= centre[static_cast<std::size_t>(j)];
+    for (std::int64_t j = 0; j < columns; ++j) z[j] -= center[static_cast<std::size_t>(j)];
     energy += kernels::squared_norm(z, columns);
   }
   const double rms = std::sqrt(energy / static_cast<double>(rows * columns));
@@ -109,10 +109,11 @@ typename GroupPlanner<T>::Projected GroupPlanner<T>::project(const BoundedRows<T
   for (float& value : projected.z) value *= scale;
   double squared = 0;
   for (const double norm : group.norm) squared += norm * norm;
-  const double centred =
+  const double centered =
       squared - static_cast<double>(rows) * kernels::squared_norm(mean.data(), hidden);
-  if (centred > 0) {
-    projected.energy = centred / (energy * static_cast<double>(scale) * static_cast<double>(scale));
+  if (centered > 0) {
+    projected.energy =
+        centered / (energy * static_cast<double>(scale) * static_cast<double>(scale));
   }
   return projected;
 }

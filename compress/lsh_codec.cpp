@@ -854,7 +854,7 @@ bool sends_whole(const CodecOptions& options, const CodecContext& context) {
 std::vector<float> projection_matrix(const CodecOptions& options, std::int64_t hidden_size,
                                      std::int64_t layer) {
   std::vector<float> matrix(static_cast<std::size_t>(hidden_size * options.projection()));
-  // Not the generator's own increment: neighbouring seeds would draw the same numbers, one later.
+  // Not the generator's own increment: neighboring seeds would draw the same numbers, one later.
   const std::uint64_t seed = options.seed() * 0xD1B54A32D192ED03u +
                              static_cast<std::uint64_t>(layer) * 0xC2B2AE3D27D4EB4Fu;
   kernels::random_orthonormal(matrix.data(), hidden_size, options.projection(), seed);

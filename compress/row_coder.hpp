@@ -90,7 +90,7 @@ class RowCoder {
   [[nodiscard]] std::size_t max_payload() const { return layout_.whole_bytes + 16; }
 
   /// Bits of the payload that encode would write, for the orders given (null: as it stands); the
-  /// row quantised at the step searched, without the exact check.
+  /// row quantized at the step searched, without the exact check.
   void estimate(const float* r, double bound, const std::int32_t* order, std::int64_t* bits_plain,
                 std::int64_t* bits_ordered);
 
@@ -104,12 +104,12 @@ class RowCoder {
   /// True when the payload is the row itself.
   [[nodiscard]] bool is_whole(const std::uint8_t* record) const;
   /// Decodes one row whose payload_bytes were checked into out [hidden], in coding order (a whole
-  /// row: as it travelled). `readable`: bytes that may be read from payload on. Throws
+  /// row: as it traveled). `readable`: bytes that may be read from payload on. Throws
   /// InvalidArgument. Received as for encode; then no whole rows.
   template <class Received = T>
   void decode(Received* out, const std::uint8_t* record, const std::uint8_t* payload,
               std::size_t readable, const float* base);
-  /// Its two stages, for rows that are neither zero nor whole: the quantised values [hidden], then
+  /// Its two stages, for rows that are neither zero nor whole: the quantized values [hidden], then
   /// what they stand for.
   void unpack(std::int32_t* q, const std::uint8_t* record, const std::uint8_t* payload,
               std::size_t readable);

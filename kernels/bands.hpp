@@ -1,5 +1,5 @@
 #pragma once
-// Bands: 16 quantised values share one alphabet of odd size, chosen out of 16; up to 8 values make
+// Bands: 16 quantized values share one alphabet of odd size, chosen out of 16; up to 8 values make
 // one number in that base (mixed radix), of a length that the alphabet alone decides.
 //
 // Element functors; C++17, shared with .cu files. The alphabets are part of the parcel format.
@@ -17,7 +17,7 @@ inline constexpr int kAlphabets = 16;
 /// Alphabets from this one on are powers of two less one and packed value by value.
 inline constexpr int kFirstWideAlphabet = 13;
 /// Largest |q| that can be packed.
-inline constexpr std::int32_t kMaxQuantised = 32767;
+inline constexpr std::int32_t kMaxQuantized = 32767;
 
 /// What packing and unpacking need to know of one alphabet of a values.
 struct Alphabet {
@@ -91,7 +91,7 @@ LSHMOE_HOST_DEVICE inline const AlphabetTable& alphabet_table() {
 #endif
 }
 
-/// Index of the least alphabet that holds values up to max_abs (<= kMaxQuantised) in size.
+/// Index of the least alphabet that holds values up to max_abs (<= kMaxQuantized) in size.
 LSHMOE_HOST_DEVICE inline int alphabet_for(std::int32_t max_abs) {
   if (max_abs < 64) return alphabet_table().index_of[max_abs];
   int index = kFirstWideAlphabet;
@@ -159,7 +159,7 @@ LSHMOE_HOST_DEVICE inline std::uint64_t get_bits(const std::uint8_t* stream, std
   return word >> (position & 7) & ((std::uint64_t{1} << bits) - 1);
 }
 
-/// Alphabet of every band of one row, from its quantised values (all within kMaxQuantised).
+/// Alphabet of every band of one row, from its quantized values (all within kMaxQuantized).
 /// index [ceil(count / 16)]. Returns the bits of the row's payload.
 std::int64_t choose_alphabets(std::uint8_t* index, const std::int32_t* q, std::int64_t count);
 

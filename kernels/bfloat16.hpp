@@ -28,7 +28,7 @@ LSHMOE_HOST_DEVICE inline float float_from_bits(std::uint32_t bits) {
 LSHMOE_HOST_DEVICE inline Bfloat16 to_bfloat16(float value) {
   const std::uint32_t bits = float_bits(value);
   const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  // Selecting instead of branching keeps the loops over it vectorised.
+  // Selecting instead of branching keeps the loops over it vectorized.
   const bool is_nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
   return Bfloat16{static_cast<std::uint16_t>(is_nan ? ((bits >> 16) | 0x40u) : rounded)};
 }

@@ -25,8 +25,8 @@ template <bool kStochastic>
 LSHMOE_HOST_DEVICE inline float round_value(float value, std::uint32_t random) {
   if (!kStochastic) return std::nearbyint(value);
   // Uniform in -0.5 .. 0.5, both excluded, then nearest.
-  const auto centred = static_cast<std::int32_t>(random >> 8) - 0x800000;
-  return std::nearbyint(value + (static_cast<float>(centred) + 0.5F) * 0x1p-24F);
+  const auto centered = static_cast<std::int32_t>(random >> 8) - 0x800000;
+  return std::nearbyint(value + (static_cast<float>(centered) + 0.5F) * 0x1p-24F);
 }
 
 // e4m3 of the OCP 8-bit floating point specification: no infinities, NaN is 0x7F ----------------
@@ -56,7 +56,7 @@ LSHMOE_HOST_DEVICE inline std::uint32_t to_e4m3(float value, std::uint32_t rando
 /// Of a code that is not NaN.
 LSHMOE_HOST_DEVICE inline float e4m3_value(std::uint32_t code) {
   const std::uint32_t size = code & 0x7Fu;
-  // Below the normal numbers: 2^-6 (1 + m / 8) - 2^-6. Without a branch, for the vectoriser.
+  // Below the normal numbers: 2^-6 (1 + m / 8) - 2^-6. Without a branch, for the vectorizer.
   const std::uint32_t small = (size - 8u) >> 31;
   const float value = float_from_bits((size << 20) + ((120u + small) << 23)) -
                       float_from_bits((0u - small) & float_bits(kE4m3MinNormal));

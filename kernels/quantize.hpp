@@ -1,5 +1,5 @@
 #pragma once
-// Uniform-step quantisation of one row, and the search for its step.
+// Uniform-step quantization of one row, and the search for its step.
 //
 // What the decoder computes is reconstruct(), shared by both ends; the bound is checked on it.
 
@@ -16,7 +16,7 @@ namespace lshmoe::kernels {
 inline constexpr float kMinStep = 0x1p-110F;
 inline constexpr float kMaxStep = 0x1p+110F;
 
-/// Value of a quantised coefficient: base + level * step, two roundings, then the cast to T. level:
+/// Value of a quantized coefficient: base + level * step, two roundings, then the cast to T. level:
 /// q, or q less its dither, both exact in fp32. Device code must not fuse the two.
 template <class T>
 LSHMOE_HOST_DEVICE inline T reconstruct(float base, float level, float step) {
@@ -46,7 +46,7 @@ LSHMOE_HOST_DEVICE inline float dither(std::uint32_t key, std::uint32_t index, s
 }
 
 /// 16 bits for a step: the upper bits of a positive float (8 of exponent, 8 of mantissa), so that
-/// neighbours are at most 0.4 % apart. Rounds down. step within kMinStep .. kMaxStep.
+/// neighbors are at most 0.4 % apart. Rounds down. step within kMinStep .. kMaxStep.
 LSHMOE_HOST_DEVICE inline std::uint16_t step_code(float step) {
   return static_cast<std::uint16_t>(float_bits(step) >> 15);
 }
@@ -61,7 +61,7 @@ LSHMOE_HOST_DEVICE inline bool is_step_code(std::uint16_t code) {
   return code >= (float_bits(kMinStep) >> 15) && code <= (float_bits(kMaxStep) >> 15);
 }
 
-/// How the rows of one parcel are quantised: their step codes, and their dither, if any.
+/// How the rows of one parcel are quantized: their step codes, and their dither, if any.
 /// Without a group step: 16 bits, step_code. With one: 8 bits, code k is step * (256 - k) / 256;
 /// 254 is a zero row, 255 a whole one.
 class StepCode {
@@ -187,7 +187,7 @@ class StepSearch {
 [[nodiscard]] float rounding_error(const float* r, std::int64_t count, float step,
                                    const float* offset = nullptr);
 
-/// q = round(r / step), ties to even. Returns false, q unspecified, when some |q| > kMaxQuantised.
+/// q = round(r / step), ties to even. Returns false, q unspecified, when some |q| > kMaxQuantized.
 [[nodiscard]] bool quantize(std::int32_t* q, const float* r, std::int64_t count, float step,
                             const float* offset = nullptr);
 

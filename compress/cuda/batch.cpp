@@ -142,14 +142,14 @@ class Planner {
     const launchers::RowsOf<float> means{mean, nullptr, plan.group_count, plan.group_count,
                                          hidden_};
     mark_phase("project");
-    const at::Tensor z = projection(rows, device_), centre = projection(means, device_);
+    const at::Tensor z = projection(rows, device_), center = projection(means, device_);
     plan_.kept.push_back(z);
-    plan_.kept.push_back(centre);
+    plan_.kept.push_back(center);
     plan.z = as<float>(z);
     plan.squared_bound = make<float>(plan.rows);
     plan.z_energy = make<float>(plan.rows);
     plan.plain_bits = make<float>(plan.rows);
-    launchers::centre_rows(plan, as<const float>(centre), squared, bound, mean_squared,
+    launchers::center_rows(plan, as<const float>(center), squared, bound, mean_squared,
                            make<double>(2 * plan.chunks), stream_);
 
     mark_phase("sort");

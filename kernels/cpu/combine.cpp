@@ -51,7 +51,7 @@ void sum(T* out, const T* in, std::int64_t hidden, const std::int64_t* offset,
 
 template <class T, class A>
 A dot(const T* a, const T* b, std::int64_t hidden) {
-  // Lanes in place of one running sum: vectorises without reordering at the compiler's will.
+  // Lanes in place of one running sum: vectorizes without reordering at the compiler's will.
   constexpr std::int64_t kLanes = 32;
   A lane[kLanes] = {};
   std::int64_t i = 0;

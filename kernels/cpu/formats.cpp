@@ -204,7 +204,7 @@ bool decode_int4(T* out, const std::uint8_t* in, std::int64_t hidden) {
 
 }  // namespace
 
-// Stages of one shape (halves in, neighbours out): each vectorises, whatever the distance of the
+// Stages of one shape (halves in, neighbors out): each vectorizes, whatever the distance of the
 // butterfly would be.
 void hadamard(float* x, float* scratch, std::int64_t count) {
   float *from = x, *to = scratch;

@@ -41,8 +41,8 @@ bool quantize_all(std::int32_t* q, const float* r, std::int64_t count, float ste
     // reported.
     const float scaled = std::nearbyintf(shifted<kOffset>(r[i] * inverse, offset, i));
     q[i] = static_cast<std::int32_t>(std::max(-40000.0F, std::min(40000.0F, scaled)));
-    beyond |= static_cast<std::int32_t>(q[i] > kMaxQuantised) |
-              static_cast<std::int32_t>(q[i] < -kMaxQuantised);
+    beyond |= static_cast<std::int32_t>(q[i] > kMaxQuantized) |
+              static_cast<std::int32_t>(q[i] < -kMaxQuantized);
   }
   return beyond == 0;
 }
@@ -63,7 +63,7 @@ namespace {
 template <class T, bool kOffset, int kLanes>
 double sum_reconstruction_error(const float* x, const float* base, const std::int32_t* q,
                                 std::int64_t count, float step, const float* offset) {
-  // What the receiver has, then how far it is off: two loops that vectorise.
+  // What the receiver has, then how far it is off: two loops that vectorize.
   constexpr std::int64_t kBlock = 256;
   float received[kBlock];
   LaneSum<double, kLanes> sum;

@@ -76,7 +76,7 @@ __device__ std::int32_t exclusive_sum(std::int32_t value, std::int32_t* total) {
 }
 
 /// The checksum (checksum.hpp) of `size` bytes whose 8 bytes from 8 * w on are word(w); bytes
-/// beyond the size are not looked at. Four neighbouring threads work together; whole warps call it.
+/// beyond the size are not looked at. Four neighboring threads work together; whole warps call it.
 template <class Word>
 __device__ std::uint32_t checksum_by_four(Word word, std::uint64_t size, std::uint64_t seed) {
   using Lanes = ChecksumLanes;

@@ -60,16 +60,16 @@ __device__ inline double saving(const PlanRows& plan, std::int64_t row, float di
   return is_finite(bits) ? plan.plain_bits[row] - bits : 0;
 }
 
-/// A warp a chunk: z less the group's centre; energy of z, and of the rows.
+/// A warp a chunk: z less the group's center; energy of z, and of the rows.
 template <int kThreads>
-__global__ void centre_rows_kernel(PlanRows plan, const float* centre, const double* squared,
+__global__ void center_rows_kernel(PlanRows plan, const float* center, const double* squared,
                                    double* part) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const std::int64_t warps = std::int64_t{gridDim.x} * (kThreads / 32);
   for (std::int64_t c = std::int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32;
        c < plan.chunks; c += warps) {
     const ChunkRows rows = rows_of_chunk(plan, c);
-    const float* at = centre + rows.group * plan.columns;
+    const float* at = center + rows.group * plan.columns;
     double energy = 0, row_energy = 0;
     for (std::int64_t i = rows.first; i < rows.last; ++i) {
       float* z = plan.z + i * plan.columns;
@@ -108,11 +108,11 @@ __global__ void scale_groups_kernel(PlanRows plan, const double* part, const dou
     // A mean beyond fp32 would make these NaN.
     if (!(rms > 1e-35) || !(rms < 1e35)) continue;
     const float scale = std::ldexp(1.0F, -std::ilogb(rms));
-    const double centred = squared - rows * mean_squared[g];
-    if (!(centred > 0) || !is_finite(centred)) continue;
+    const double centered = squared - rows * mean_squared[g];
+    if (!(centered > 0) || !is_finite(centered)) continue;
     group.scale = scale;
     group.energy_per_z =
-        centred / (energy * static_cast<double>(scale) * static_cast<double>(scale));
+        centered / (energy * static_cast<double>(scale) * static_cast<double>(scale));
   }
 }
 

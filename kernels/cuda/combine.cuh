@@ -18,7 +18,7 @@ __device__ inline T narrow(A value) {
   }
 }
 
-/// A block a segment; a thread sums kValues neighbouring columns at a time.
+/// A block a segment; a thread sums kValues neighboring columns at a time.
 template <class T, class A, int kValues>
 __global__ void segment_sum_kernel(T* out, const T* in, std::int64_t hidden,
                                    const std::int64_t* offset, std::int64_t segments,

@@ -39,7 +39,7 @@ struct FormatBlock {
     return warp_max(float_from_bits(bits));
   }
   /// In parts of powers of two, as kernels/cpu/formats.cpp: butterflies from the widest to the
-  /// neighbours.
+  /// neighbors.
   __device__ void rotate() {
     int part[kPerThread];  // size of the part that the element is in
     for (int k = 0; k < kPerThread; ++k) {

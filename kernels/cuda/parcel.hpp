@@ -63,7 +63,7 @@ struct ChecksumSpan {
 void checksum_blocks(const ChecksumSpan* spans, std::int64_t count, std::int64_t blocks,
                      Stream stream);
 
-/// Decoding rows that travelled as they are: row i of the stream from its parcel's body
+/// Decoding rows that traveled as they are: row i of the stream from its parcel's body
 /// to out[index[i]].
 struct RawPlace {
   std::int64_t first = 0, rows = 0;

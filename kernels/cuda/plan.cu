@@ -68,10 +68,10 @@ void estimate_groups(std::int64_t* bits, const RowsOf<T>& rows, std::int64_t sam
   });
 }
 
-void centre_rows(const PlanRows& plan, const float* centre, const double* squared,
+void center_rows(const PlanRows& plan, const float* center, const double* squared,
                  const double* bound, const double* mean_squared, double* part, Stream stream) {
-  launch("centre_rows", centre_rows_kernel<kBlock>, grid_for(plan.chunks, kWarpsEach), kBlock, 0,
-         stream, plan, centre, squared, part);
+  launch("center_rows", center_rows_kernel<kBlock>, grid_for(plan.chunks, kWarpsEach), kBlock, 0,
+         stream, plan, center, squared, part);
   launch("scale_groups", scale_groups_kernel<kBlock>, grid_for(plan.group_count, kBlock), kBlock, 0,
          stream, plan, static_cast<const double*>(part), mean_squared);
   launch("scale_rows", scale_rows_kernel<kBlock>, grid_for(plan.rows, kWarpsEach), kBlock, 0,

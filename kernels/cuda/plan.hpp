@@ -83,9 +83,9 @@ void estimate_groups(std::int64_t* bits, const RowsOf<T>& rows, std::int64_t sam
 /// Rows that estimate_groups takes of a group.
 [[nodiscard]] std::int64_t sampled_rows(std::int64_t rows, std::int64_t sample);
 
-/// z less centre [groups, columns], scaled to about 1; bounds in its units; bits without centroids.
+/// z less center [groups, columns], scaled to about 1; bounds in its units; bits without centroids.
 /// squared [rows], bound [rows] of the rows; mean_squared [groups]; part [2 * chunks] scratch.
-void centre_rows(const PlanRows& plan, const float* centre, const double* squared,
+void center_rows(const PlanRows& plan, const float* center, const double* squared,
                  const double* bound, const double* mean_squared, double* part, Stream stream);
 
 /// key [rows]: the rows' buckets (lsh.hpp), group by group; below group_count * (2 m)^hashes.

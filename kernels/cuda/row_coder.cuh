@@ -1,5 +1,5 @@
 #pragma once
-// Rows within a hard bound: search of the step, quantisation, bands, packing and back. The
+// Rows within a hard bound: search of the step, quantization, bands, packing and back. The
 // arithmetic of compress/row_coder.cpp.
 
 #include "lshmoe/kernels/bands.hpp"
@@ -59,7 +59,7 @@ __global__ void norm_cap_kernel(double* cap, const double* squared, const std::i
     if (bin >= 0) atomicAdd(&count[bin], 1);
   }
   __syncthreads();
-  // Each thread has neighbouring bins.
+  // Each thread has neighboring bins.
   constexpr int kOwn = (kNormBins + kThreads - 1) / kThreads;
   const int first = static_cast<int>(threadIdx.x) * kOwn;
   std::int32_t mine = 0, all = 0;
@@ -192,7 +192,7 @@ struct BlockRow {
     const float scaled = r[j] * inverse;
     return steps.dithered() ? scaled + offset(j) : scaled;
   }
-  __device__ std::int32_t quantised(std::int64_t j, float inverse) const {
+  __device__ std::int32_t quantized(std::int64_t j, float inverse) const {
     const float scaled = nearbyintf(shifted(j, inverse));
     // In this order NaN becomes a limit.
     const float low = scaled < 40000.0F ? scaled : 40000.0F;
@@ -226,8 +226,8 @@ struct BlockRow {
     const float inverse = 1.0F / step;
     bool beyond = false;
     const double sum = block_lane_sum<double, kThreads>(hidden, [&](std::int64_t j) {
-      const std::int32_t q = all_zero ? 0 : quantised(j, inverse);
-      beyond |= q > kMaxQuantised || q < -kMaxQuantised;
+      const std::int32_t q = all_zero ? 0 : quantized(j, inverse);
+      beyond |= q > kMaxQuantized || q < -kMaxQuantized;
       const auto whole = static_cast<float>(q);
       const float value = to_float(reconstruct<Received>(
           base != nullptr ? base[j] : 0.0F, steps.dithered() ? whole - offset(j) : whole, step));
@@ -255,7 +255,7 @@ struct BlockRow {
             static_cast<int>(hidden - from < kBandValues ? hidden - from : kBandValues);
         std::int32_t largest = 0;
         for (int i = 0; i < values; ++i) {
-          const std::int32_t q = quantised(order(from + i), inverse);
+          const std::int32_t q = quantized(order(from + i), inverse);
           largest = largest > q ? largest : q;
           largest = largest > -q ? largest : -q;
         }
@@ -294,7 +294,7 @@ struct BlockRow {
       std::uint32_t digit[kUnitValues];
       for (int i = 0; i < kUnitValues; ++i) {
         digit[i] = i < values
-                       ? static_cast<std::uint32_t>(quantised(from + i, inverse) + alphabet.half)
+                       ? static_cast<std::uint32_t>(quantized(from + i, inverse) + alphabet.half)
                        : 0;
       }
       if (chosen < kFirstWideAlphabet) {
@@ -439,8 +439,8 @@ __device__ BitCounts estimate_row(BlockRow<T, kThreads>& row, const T* from,
   const float step = steps.value(code), inverse = 1.0F / step;
   double beyond = 0;
   for (std::int64_t j = threadIdx.x; j < row.hidden; j += kThreads) {
-    const std::int32_t q = row.quantised(j, inverse);
-    if (q > kMaxQuantised || q < -kMaxQuantised) beyond = 1;
+    const std::int32_t q = row.quantized(j, inverse);
+    if (q > kMaxQuantized || q < -kMaxQuantized) beyond = 1;
   }
   if (fold_lanes<kThreads>(beyond) != 0) return {whole_bits, whole_bits};
   const std::int64_t found = row.choose_alphabets(step);

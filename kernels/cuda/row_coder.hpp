@@ -87,7 +87,7 @@ void encode_coefficients(const CodedRows& out, const RowsOf<T>& rows, const floa
 
 /// bits[0] += bits of the payloads that the rows 0, stride, 2 stride, ... would have with their
 /// ids; bits[1] += the same with the ids' group coded in the other order (see below). Exact integer
-/// sums. The rows' residuals are taken and quantised in the group's coding order (place), and then
+/// sums. The rows' residuals are taken and quantized in the group's coding order (place), and then
 /// counted in that order and, where count_order is given, in count_order. element_bytes: of a row
 /// that travels whole.
 template <class T>

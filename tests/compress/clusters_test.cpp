@@ -328,7 +328,7 @@ TEST(Projection, IsFixed) {
   EXPECT_EQ(sum(matrix(7, 3)), 1178381543U);
   EXPECT_EQ(matrix(7, 3), matrix(7, 3));
 
-  // Neighbouring seeds and layers share nothing: no column is another's, shifted or not.
+  // Neighboring seeds and layers share nothing: no column is another's, shifted or not.
   const std::vector<std::vector<float>> drawn{matrix(0, 0), matrix(1, 0), matrix(2, 0),
                                               matrix(0, 1), matrix(0, 2), matrix(1, 1)};
   for (std::size_t a = 0; a < drawn.size(); ++a) {
@@ -384,7 +384,7 @@ TEST(Cost, ClustersNeverCostMoreThanTheySave) {
 }
 
 TEST(Cost, ClustersSaveWhereThereAreSome) {
-  // 20 centres, spread 0.3: what is left of a row is 0.3 of it, so an ideal code of the residuals
+  // 20 centers, spread 0.3: what is left of a row is 0.3 of it, so an ideal code of the residuals
   // takes log2(1 / 0.3) = 1.7 bits less; centroids and ids take some of that back.
   const at::Tensor x = clustered(2048, 192, 20, 0.3, 5);
   for (const auto& [group, most] : {std::pair<int64_t, double>{256, 0.82}, {1024, 0.74}}) {
@@ -398,7 +398,7 @@ TEST(Cost, WhiteRows) {
   const Encoded encoded = make_codec(CodecOptions(), {384})->encode(x, {1024});
   const double bits = 8.0 * static_cast<double>(encoded.bytes.numel()) / (1024 * 384);
   EXPECT_LE(bits, 4.2);
-  // Below the rate of a uniform quantiser with an ideal entropy coder, log2(1 / 0.1) + 0.25, the
+  // Below the rate of a uniform quantizer with an ideal entropy coder, log2(1 / 0.1) + 0.25, the
   // bound could not have been kept.
   EXPECT_GT(bits, std::log2(10) + 0.25);
 }

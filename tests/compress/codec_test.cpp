@@ -525,7 +525,7 @@ TEST(Codec, DitherKeepsTheBoundAndTheMean) {
     const Measured mean = measure(x, sum / kSeeds, {40}, max_error, false);
     EXPECT_GT(single, 0.5 * max_error);
     // To nearest it is 1. Chance alone leaves 1 / sqrt(400) = 0.05; taking the largest step that
-    // keeps the bound favours steps at which the dither happened to be kind (measured: 0.11, 0.08).
+    // keeps the bound favors steps at which the dither happened to be kind (measured: 0.11, 0.08).
     EXPECT_LT(mean.mean_relative, 0.15 * single) << max_error;
   }
 }

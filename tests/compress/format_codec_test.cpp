@@ -44,7 +44,7 @@ TEST(E4m3, ValuesAreTorchs) {
 }
 
 TEST(E4m3, RoundsAsTorchDoes) {
-  // Every code's value, what lies half way to the next one, their neighbours, and anything.
+  // Every code's value, what lies half way to the next one, their neighbors, and anything.
   std::vector<float> values{0.0F, -0.0F, 1e-30F, 1e-40F, 448, 464, 480, 1e30F};
   for (uint32_t code = 0; code < 126; ++code) {
     const float low = kernels::e4m3_value(code), high = kernels::e4m3_value(code + 1);
@@ -192,7 +192,7 @@ TEST(Int4, RowsAreTheFormulaAndTheirScalesTheBest) {
       }
     }
   }
-  // The best uniform quantiser of 16 levels leaves 0.107 of a Gaussian value (Max, 1960); a scale
+  // The best uniform quantizer of 16 levels leaves 0.107 of a Gaussian value (Max, 1960); a scale
   // fitted to each block does a little better.
   EXPECT_LT(code(gaussian(200, 384, 6), "int4").stats.mean_relative_error, 0.107);
 }
@@ -372,13 +372,13 @@ TEST_P(Rows, StochasticRoundingHasNoBias) {
   const at::Tensor x = gaussian(1, 200, 7);
   const at::Tensor exact = x.to(at::kDouble);
   at::Tensor sum = at::zeros_like(exact), squares = at::zeros_like(exact),
-             neighbours = at::zeros({199}, at::kDouble);
+             neighbors = at::zeros({199}, at::kDouble);
   for (int seed = 0; seed < kDraws; ++seed) {
     const auto options = CodecOptions().kind(GetParam()).rounding("stochastic").seed(seed);
     const at::Tensor error = code(x, options).rows.to(at::kDouble) - exact;
     sum += error;
     squares += error * error;
-    neighbours += error[0].slice(0, 0, 199) * error[0].slice(0, 1, 200);
+    neighbors += error[0].slice(0, 0, 199) * error[0].slice(0, 1, 200);
   }
   const at::Tensor deviation = (squares / kDraws).sqrt();
   // 5 standard deviations of a mean, and what fp32 itself rounds.
@@ -388,7 +388,7 @@ TEST_P(Rows, StochasticRoundingHasNoBias) {
   EXPECT_GT((nearest.abs() > 5 * deviation / std::sqrt(kDraws)).sum().item<int64_t>(), 100);
   // Elements have noise of their own.
   const at::Tensor expected = deviation[0].slice(0, 0, 199) * deviation[0].slice(0, 1, 200);
-  const at::Tensor correlation = neighbours / kDraws / expected.clamp_min(1e-12);
+  const at::Tensor correlation = neighbors / kDraws / expected.clamp_min(1e-12);
   if (std::string(GetParam()) != "int4") {  // turned back, int4's errors are not independent
     EXPECT_LT(correlation.abs().max().item<double>(), 0.12);
   }

@@ -142,11 +142,11 @@ TEST(Learned, SavesBytesOnRowsLikeThoseItSaw) {
   const CodecContext context{64, 0, Direction::dispatch, at::kFloat};
   // 30 clusters whose residuals lie in few directions that no channel order shows.
   at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(4);
-  const at::Tensor centre = at::randn({30, 64}, generator);
+  const at::Tensor center = at::randn({30, 64}, generator);
   const at::Tensor directions = 0.3 * at::randn({6, 64}, generator);
   const auto draw = [&](int64_t rows) {
     const at::Tensor id = at::randint(30, {rows}, generator, at::kLong);
-    return centre.index_select(0, id) + at::randn({rows, 6}, generator).matmul(directions) +
+    return center.index_select(0, id) + at::randn({rows, 6}, generator).matmul(directions) +
            0.01 * at::randn({rows, 64}, generator);
   };
   const at::Tensor seen = draw(2000), x = draw(512);

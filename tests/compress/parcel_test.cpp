@@ -355,15 +355,15 @@ struct GoldenCase {
   at::Tensor x;
 };
 
-// Rows from integers alone, near three centres.
+// Rows from integers alone, near three centers.
 at::Tensor golden_rows(int64_t rows, int64_t hidden, float nearness = 16) {
   const at::Tensor x = at::empty({rows, hidden});
   auto access = x.accessor<float, 2>();
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < hidden; ++j) {
-      const auto centre = static_cast<float>(((i % 3 + 2) * (j + 3) * 13) % 23 - 11);
+      const auto center = static_cast<float>(((i % 3 + 2) * (j + 3) * 13) % 23 - 11);
       const auto own = static_cast<float>((i * 7 + j * 3 + i * j) % 9 - 4);
-      access[i][j] = centre / 4 + own / nearness;
+      access[i][j] = center / 4 + own / nearness;
     }
   }
   // One row of zeros, and one that is too small for steps and travels whole.

@@ -19,13 +19,13 @@ inline at::Tensor gaussian(int64_t rows, int64_t hidden, uint64_t seed) {
   return at::randn({rows, hidden}, generator);
 }
 
-/// Rows near `centres` random centres of unit variance, `spread` around them.
-inline at::Tensor clustered(int64_t rows, int64_t hidden, int64_t centres, double spread,
+/// Rows near `centers` random centers of unit variance, `spread` around them.
+inline at::Tensor clustered(int64_t rows, int64_t hidden, int64_t centers, double spread,
                             uint64_t seed) {
   at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(seed);
-  const at::Tensor centre = at::randn({centres, hidden}, generator);
-  const at::Tensor id = at::randint(centres, {rows}, generator, at::kLong);
-  return centre.index_select(0, id) + spread * at::randn({rows, hidden}, generator);
+  const at::Tensor center = at::randn({centers, hidden}, generator);
+  const at::Tensor id = at::randint(centers, {rows}, generator, at::kLong);
+  return center.index_select(0, id) + spread * at::randn({rows, hidden}, generator);
 }
 
 /// Kinds of rows by name; those in between are what breaks codecs.

@@ -1,4 +1,4 @@
-// Steps, quantised values and their packing: round trips, limits, and the bound of the step search.
+// Steps, quantized values and their packing: round trips, limits, and the bound of the step search.
 
 #include <gtest/gtest.h>
 
@@ -43,7 +43,7 @@ TEST(Alphabets, AreOddAndKnownByIndex) {
 }
 
 TEST(Alphabets, LeastThatHolds) {
-  for (std::int32_t max_abs = 0; max_abs <= kMaxQuantised; ++max_abs) {
+  for (std::int32_t max_abs = 0; max_abs <= kMaxQuantized; ++max_abs) {
     const int index = alphabet_for(max_abs);
     ASSERT_GE(half_of(index), max_abs);
     ASSERT_TRUE(index == 0 || half_of(index - 1) < max_abs) << max_abs;
@@ -141,7 +141,7 @@ TEST(Bands, MixedSizes) {
     for (std::size_t i = 0; i < q.size(); ++i) {
       const int shift = static_cast<int>((i / 16 * 7 + static_cast<std::size_t>(trial)) % 16);
       q[i] = static_cast<std::int32_t>(random() % (2U << shift)) - (1 << shift) + (shift == 15);
-      q[i] = std::clamp(q[i], -kMaxQuantised, kMaxQuantised);
+      q[i] = std::clamp(q[i], -kMaxQuantized, kMaxQuantized);
     }
     EXPECT_TRUE(round_trip(q));
   }
@@ -406,7 +406,7 @@ TEST(Dither, OffsetsAreEvenlySpacedOverTheSalts) {
 }
 
 // The error of a dithered coefficient: r - (round(r / step + u) - u) step, whatever r is.
-TEST(Dither, QuantiseAndReconstruct) {
+TEST(Dither, QuantizeAndReconstruct) {
   const std::vector<float> r{0.0F, 0.01F, -0.4F, 3.3F, 100.25F, -0.0625F, 1e-20F, 7.0F, 0.5F},
       base(9, 2.0F);
   std::vector<float> offset, x;
