@@ -10,7 +10,7 @@ namespace lshmoe {
 namespace {
 void check_root(const Communicator& comm, int root) {
   LSHMOE_VALIDATE(root >= 0 && root < comm.size(), "root ", root, " is no rank of '", comm.name(),
-                  "' (", comm.size(), " ranks): pass 0 .. ", comm.size() - 1);
+                  "' (", detail::counted(comm.size(), "rank"), "): pass 0 .. ", comm.size() - 1);
 }
 }  // namespace
 
@@ -139,7 +139,7 @@ void Communicator::check_sizes(std::span<const std::int64_t> send_bytes,
   const auto ranks = static_cast<std::size_t>(size());
   LSHMOE_VALIDATE(send_bytes.size() == ranks && recv_bytes.size() == ranks, "all_to_all_v got ",
                   send_bytes.size(), " send and ", recv_bytes.size(), " receive sizes on '", name(),
-                  "' of ", ranks, " ranks: pass one of each per rank");
+                  "' of ", detail::counted(size(), "rank"), ": pass one of each per rank");
   for (std::size_t r = 0; r < ranks; ++r) {
     LSHMOE_VALIDATE(send_bytes[r] >= 0 && recv_bytes[r] >= 0, "all_to_all_v got a negative size (",
                     send_bytes[r], " to and ", recv_bytes[r], " from rank ", r, " of '", name(),

@@ -9,8 +9,8 @@ ExpertGroups make_expert_groups(std::shared_ptr<Communicator> world, int ep_size
   const int size = world->size();
   if (ep_size == 0) ep_size = size;
   LSHMOE_VALIDATE(ep_size > 0 && size % ep_size == 0, "ep_size ", ep_size, " does not divide the ",
-                  size,
-                  " ranks of the job (each replica of the experts takes ep_size ranks): start a "
+                  detail::counted(size, "rank"),
+                  " of the job (each replica of the experts takes ep_size ranks): start a "
                   "multiple of ep_size ranks or change --ep-size");
 
   // The node of a rank is the first rank of its host; its rail, its place among that host's ranks.

@@ -90,7 +90,7 @@ Seen look_for_gpu(int local_rank, bool share_gpu) {
   if (seen.count > local_rank || (seen.count > 1 && share_gpu)) {
     seen.index = local_rank % seen.count;
   } else if (seen.count == 1) {
-    seen.index = 0;  // perhaps another GPU than its neighbours see
+    seen.index = 0;  // perhaps another GPU than its neighbors see
   }
   std::string why = devices.why_none;
   try {
@@ -121,10 +121,13 @@ std::string problem_of(const Communicator& world, const std::vector<Seen>& all, 
         gpus.push_back(theirs.uuid);
       }
     }
-    if (!share_gpu && static_cast<int>(gpus.size()) < ranks) {
-      return detail::message(world.host(rank), " has ", gpus.size(), " GPUs for its ", ranks,
-                             " ranks (each rank takes one of its own): start ", gpus.size(),
-                             " ranks a host, or let them share one (--share-gpu, with the mpi "
+    const auto taken = static_cast<int>(gpus.size());
+    if (!share_gpu && taken < ranks) {
+      return detail::message(world.host(rank), " has ", detail::counted(taken, "GPU"), " for its ",
+                             detail::counted(ranks, "rank"),
+                             " (each rank takes one of its own): start ",
+                             detail::counted(taken, "rank"),
+                             " a host, or let them share one (--share-gpu, with the mpi "
                              "backend)");
     }
   }

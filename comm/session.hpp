@@ -29,9 +29,9 @@ struct DeviceChoice {
 ///     }
 ///
 /// Under mpirun or Slurm (OMPI_COMM_WORLD_SIZE, PMIX_RANK, PMI_RANK or PMI_SIZE in the environment)
-/// it initialises MPI at THREAD_SERIALIZED and finalises it; without them the world is this process
-/// alone ("self") and MPI is not touched. MPI that the program initialised itself is used, and left
-/// to the program to finalise. A world of one that no mpirun asked for, where a variable says that
+/// it initializes MPI at THREAD_SERIALIZED and finalizes it; without them the world is this process
+/// alone ("self") and MPI is not touched. MPI that the program initialized itself is used, and left
+/// to the program to finalize. A world of one that no mpirun asked for, where a variable says that
 /// a launcher started several processes (of Slurm, Flux, PALS, jsrun, torchrun, MVAPICH, Hydra,
 /// another Open MPI), throws CommError with its name: it would be that many separate trainings.
 /// Sets the process rank of error and log texts when the world has more than one rank.
@@ -39,7 +39,7 @@ class Session {
  public:
   /// Collective over the job. argc and argv may be null/0; they are not changed.
   explicit Session(int argc = 0, char** argv = nullptr, SessionOptions options = {});
-  /// Waits, with the deadline, for the other ranks to end too, then finalises MPI. Aborts the job
+  /// Waits, with the deadline, for the other ranks to end too, then finalizes MPI. Aborts the job
   /// (MPI_Abort) instead when an exception is unwinding through here, or a rank does not come: an
   /// MPI_Finalize would hang then. The text of that exception is lost: catch it inside, as run
   /// does.

@@ -131,7 +131,7 @@ class Dispatcher {
                                    const Dispatched& dispatched) const;
 
   /// state=learned: fits the codecs anew to what this training step sent, where that is due (see
-  /// Codec::refresh). Call it once an optimiser step, after the backward. Collective over
+  /// Codec::refresh). Call it once an optimizer step, after the backward. Collective over
   /// groups.expert; without a learned state nothing happens.
   void refresh_codecs() const;
   /// The learned state of one exchange: version, bytes, memory and seconds so far. Local.

@@ -28,7 +28,7 @@ namespace lshmoe {
 /// copies into it. Thread-safe.
 class ByteBuffers {
  public:
-  /// uint8, `bytes` at least, not initialised. It is given to nobody else as long as a tensor
+  /// uint8, `bytes` at least, not initialized. It is given to nobody else as long as a tensor
   /// refers to its memory.
   [[nodiscard]] at::Tensor take(int64_t bytes);
 

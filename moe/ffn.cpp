@@ -42,7 +42,7 @@ at::Tensor block_ends(const std::vector<int64_t>& rows_per_expert, const at::Ten
   return host.pin_memory().to(rows.device(), /*non_blocking=*/true);
 }
 
-/// Uninitialised [rows, columns]. On the CPU each row starts at a whole vector: torch's elementwise
+/// Uninitialized [rows, columns]. On the CPU each row starts at a whole vector: torch's elementwise
 /// loops then treat a row the same way wherever it stands (an end that fills no vector takes
 /// another code path, which rounds otherwise).
 at::Tensor empty_rows(int64_t rows, int64_t columns, const at::TensorOptions& options) {

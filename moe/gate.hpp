@@ -126,7 +126,7 @@ class GateImpl : public torch::nn::Module {
   [[nodiscard]] at::Tensor aux_loss(const GateOutput& out, const at::Tensor& load) const;
   /// Adds rate * sign(mean load - load), the load summed over `world` since the last call. Loads
   /// are counted by forward in training with gradients enabled, so a recomputation under no_grad or
-  /// an evaluation adds nothing. Collective over `world`; call it once an optimiser step. No-op for
+  /// an evaluation adds nothing. Collective over `world`; call it once an optimizer step. No-op for
   /// softmax.
   void update_expert_bias(Communicator& world);
 

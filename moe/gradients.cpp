@@ -104,7 +104,7 @@ void reduce_flat(Communicator& comm, const std::vector<at::Tensor>& parameters, 
 void reduce_all(Communicator& comm, const std::vector<at::Tensor>& parameters, double divisor) {
   std::vector<at::Tensor> singles, doubles;
   for (const at::Tensor& parameter : parameters) {
-    // Zeros also in a world of one, or the optimiser's step would depend on the layout.
+    // Zeros also in a world of one, or the optimizer's step would depend on the layout.
     if (!parameter.grad().defined()) {
       const_cast<at::Tensor&>(parameter).mutable_grad() = at::zeros_like(parameter);
     }

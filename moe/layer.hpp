@@ -143,8 +143,8 @@ TORCH_MODULE(MoELayer);
 /// The MoE layers of `model`, itself included, each once, in the order of its modules. Local.
 [[nodiscard]] std::vector<MoELayerImpl*> moe_layers(torch::nn::Module& model);
 
-/// Ends an optimiser step: update_expert_bias() and refresh_codecs() of every MoE layer of `model`.
-/// Call it once a step, after the optimiser. Collective over the world: every rank holds as many
+/// Ends an optimizer step: update_expert_bias() and refresh_codecs() of every MoE layer of `model`.
+/// Call it once a step, after the optimizer. Collective over the world: every rank holds as many
 /// layers, in the same order.
 void end_step(torch::nn::Module& model);
 

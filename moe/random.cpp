@@ -7,7 +7,7 @@
 namespace lshmoe {
 
 at::Generator make_stream(std::initializer_list<uint64_t> name) {
-  // splitmix64 (Steele, Lea, Flood 2014), chained: streams of neighbouring names are unrelated.
+  // splitmix64 (Steele, Lea, Flood 2014), chained: streams of neighboring names are unrelated.
   uint64_t state = 0x6c73686d6f65;
   for (const uint64_t part : name) {
     state += part + 0x9e3779b97f4a7c15;

@@ -28,7 +28,7 @@ struct AdoptOptions {
 
 /// Duplicates `comm`, so that no message of the caller can meet one of ours, and wraps the
 /// duplicate; the caller keeps and frees its own. MPI must run at MPI_THREAD_SERIALIZED or above
-/// and must not be finalised while the communicator is used. Collective over `comm`.
+/// and must not be finalized while the communicator is used. Collective over `comm`.
 [[nodiscard]] std::shared_ptr<Communicator> adopt_mpi(MPI_Comm comm, AdoptOptions options = {});
 
 }  // namespace lshmoe

@@ -321,7 +321,7 @@ std::shared_ptr<Communicator> adopt_mpi(MPI_Comm comm, AdoptOptions options) {
                   " s (no call could ever finish): pass seconds > 0");
   MPI_Comm own = MPI_COMM_NULL;
   if (MPI_Comm_dup(comm, &own) != MPI_SUCCESS) {
-    throw CommError("MPI_Comm_dup failed for '" + options.name + "': is MPI initialised?");
+    throw CommError("MPI_Comm_dup failed for '" + options.name + "': is MPI initialized?");
   }
   auto transport =
       std::make_unique<Transport>(own, options.name, options.timeout_seconds, options.chunk_bytes);

@@ -21,7 +21,7 @@ bool start() {
   if (provided < MPI_THREAD_SERIALIZED) {
     throw CommError(
         initialized
-            ? "the program initialised MPI below MPI_THREAD_SERIALIZED (the backward pass may call "
+            ? "the program initialized MPI below MPI_THREAD_SERIALIZED (the backward pass may call "
               "it from another thread): use MPI_Init_thread with MPI_THREAD_SERIALIZED"
             : "this MPI offers no MPI_THREAD_SERIALIZED (the backward pass may call it from "
               "another "

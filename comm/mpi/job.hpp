@@ -8,7 +8,7 @@
 
 namespace lshmoe::mpi {
 
-/// Initialises MPI at THREAD_SERIALIZED and returns true; false when the program did it before.
+/// Initializes MPI at THREAD_SERIALIZED and returns true; false when the program did it before.
 /// Throws CommError when MPI cannot be called from more than one thread in turn. Collective.
 [[nodiscard]] bool start();
 /// MPI_COMM_WORLD as a Communicator. Collective.

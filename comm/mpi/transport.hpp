@@ -59,7 +59,7 @@ struct Incoming {
   std::size_t bytes;
 };
 
-/// A block of memory that only grows, not initialised: fresh memory costs page faults.
+/// A block of memory that only grows, not initialized: fresh memory costs page faults.
 class Scratch {
  public:
   std::byte* get(std::size_t bytes);
@@ -96,7 +96,7 @@ class Transport {
   /// belongs an Incoming of the same size. Throws CommError or Timeout; dead after that.
   void exchange(const Call& call, std::span<const Outgoing> out, std::span<const Incoming> in);
 
-  /// Throws CommError when this communicator is dead or MPI is finalised.
+  /// Throws CommError when this communicator is dead or MPI is finalized.
   void check_alive() const;
   /// Marks dead, tells the peers, throws CommError with `text` and the MPI error's own.
   [[noreturn]] void fail_mpi(int code, const std::string& text);

@@ -96,7 +96,7 @@ NcclGroup::~NcclGroup() {
   if (done_ != nullptr) cudaEventDestroy(static_cast<cudaEvent_t>(done_));
   if (comm_ == nullptr) return;
   // Nothing is queued: every collective has been waited for. While an exception unwinds the peers
-  // may not come here, and finalising waits for those of this host.
+  // may not come here, and finalizing waits for those of this host.
   ncclResult_t state = ncclInternalError;
   if (std::uncaught_exceptions() == 0) {
     const Deadline deadline(std::min(10.0, control_.timeout_seconds()));

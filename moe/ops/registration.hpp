@@ -1,6 +1,6 @@
 #pragma once
 // What library.cpp registers. One file does it all, in one order: a kernel can be registered only
-// after the class its arguments name, and the order of different files' initialisers is open.
+// after the class its arguments name, and the order of different files' initializers is open.
 
 #include <torch/library.h>
 

@@ -50,8 +50,9 @@ TEST(ChooseDevice, OneForEachRankOfAHost) {
   } else {
     EXPECT_EQ(alone.index, -1);
     EXPECT_NE(alone.problem.find("--share-gpu"), std::string::npos) << alone.problem;
-    expect_error<InvalidArgument>(std::to_string(gpus()) + " GPUs for its ",
-                                  [] { (void)session().select_device(); });
+    expect_error<InvalidArgument>(
+        gpus() == 1 ? "1 GPU for its " : std::to_string(gpus()) + " GPUs for its ",
+        [] { (void)session().select_device(); });
   }
 }
 

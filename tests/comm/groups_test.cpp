@@ -88,9 +88,11 @@ TEST(ExpertGroups, DefaultIsTheWholeWorld) {
 
 TEST(ExpertGroups, RefusesWhatDoesNotDivide) {
   for (const int ep : {-1, world()->size() + 1}) {
-    expect_error("ep_size " + std::to_string(ep) + " does not divide the " +
-                     std::to_string(world()->size()) + " ranks of the job",
-                 [&] { (void)make_expert_groups(world(), ep); });
+    expect_error(
+        "ep_size " + std::to_string(ep) + " does not divide the " +
+            (world()->size() == 1 ? "1 rank" : std::to_string(world()->size()) + " ranks") +
+            " of the job",
+        [&] { (void)make_expert_groups(world(), ep); });
   }
 }
 

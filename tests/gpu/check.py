@@ -70,7 +70,7 @@ DRIVER_FOLDERS = ("/usr/local/nvidia/lib64", "/usr/local/nvidia/lib", "/usr/lib/
 COMPAT_FOLDER = "/usr/local/cuda/compat"
 
 # Why tests may skip beside a GPU: there are too few of them, or of ranks.
-TOO_FEW = re.compile(r"\d+ GPUs for its \d+ ranks|needs peers|needs \d+ ranks|\bone rank\b")
+TOO_FEW = re.compile(r"\d+ GPUs? for its \d+ ranks|needs peers|needs \d+ ranks|\bone rank\b")
 NO_DEVICE = re.compile(r"^no (GPU|CUDA device)")
 
 

@@ -313,7 +313,7 @@ class Machine(unittest.TestCase):
     def test_what_skips_beside_a_gpu_failed(self):
         skipped = "echo '{}'; echo '[  SKIPPED ] A.c (0 ms)'; "
         passed = "echo '[       OK ] A.b (1 ms)'; "
-        few = "h has 1 GPUs for its 2 ranks (each rank takes one of its own)"
+        few = "h has 1 GPU for its 2 ranks (each rank takes one of its own)"
         for text, want in ((skipped.format("no CUDA device") + "exit 77", "failed"),
                            (skipped.format("not today") + "exit 77", "failed"),
                            (passed + skipped.format("no GPU: none here"), "failed"),

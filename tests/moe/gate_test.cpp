@@ -665,7 +665,7 @@ TEST(Gate, RouterStaysInFp32UnderAnyTo) {
     SCOPED_TRACE(what);
     EXPECT_EQ(gate->weight.scalar_type(), at::kFloat);
     EXPECT_EQ(gate->expert_bias.scalar_type(), at::kFloat);
-    EXPECT_TRUE(gate->weight.is_same(weight));  // the optimiser's and the reducer's
+    EXPECT_TRUE(gate->weight.is_same(weight));  // the optimizer's and the reducer's
     EXPECT_TRUE(at::equal(gate->weight, before));
     EXPECT_TRUE(at::equal(gate->weight.grad(), at::ones_like(before)));
   };

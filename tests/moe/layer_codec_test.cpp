@@ -277,12 +277,12 @@ TEST(LayerCodec, ErrorsOfTheBackwardReachTheCaller) {
 struct Routed {
   at::Tensor x, ids, weights;  ///< f64 [tokens, hidden], int64 and f32 [tokens, k]
 };
-/// What a rank routes, known to all. The rows lie around a few centres, so that clusters pay.
+/// What a rank routes, known to all. The rows lie around a few centers, so that clusters pay.
 Routed routed_of(int64_t rank, int64_t tokens) {
   at::Generator stream = at::make_generator<at::CPUGeneratorImpl>(static_cast<uint64_t>(40 + rank));
-  const at::Tensor centres = 2 * random_rows(5, kHidden, 17, 0);
+  const at::Tensor centers = 2 * random_rows(5, kHidden, 17, 0);
   Routed r;
-  r.x = (centres.index_select(0, at::randint(5, {tokens}, stream, at::kLong)) +
+  r.x = (centers.index_select(0, at::randint(5, {tokens}, stream, at::kLong)) +
          random_rows(tokens, kHidden, 18, static_cast<int>(rank)))
             .to(at::kBFloat16)
             .to(at::kDouble);
