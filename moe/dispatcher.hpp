@@ -37,6 +37,8 @@ struct DirectionStats {
 /// Statistics of one forward; the backward adds its directions when it runs, so read them after it.
 struct ExchangeStats {
   DirectionStats direction[4];  ///< indexed by Direction
+  int64_t forward =
+      0;  ///< number of this forward among its Dispatcher's, from 1; same on all ranks
   /// restore=source with estimate_alpha: [num_experts], as estimated by this rank; else empty.
   std::vector<double> alpha;
   [[nodiscard]] DirectionStats& operator[](Direction d) { return direction[static_cast<int>(d)]; }

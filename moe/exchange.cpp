@@ -20,7 +20,7 @@ namespace {
 /// bytes} of each group, then the counts, int32. Trivially copyable: it travels as it lies in
 /// memory.
 struct CallHeader {
-  std::uint8_t version = 2;
+  std::uint8_t version = 3;
   std::uint8_t direction = 0;
   std::uint8_t dtype = 0;  // and kOnGpu
   std::uint8_t flags = 0;
@@ -29,7 +29,7 @@ struct CallHeader {
   std::int32_t hidden_size = 0;
   std::int32_t num_experts = 0;
   std::int32_t top_k = 0;
-  std::int32_t groups = 0;
+  std::uint32_t forward = 0;  // its number's low bits; 0: nobody counts
   std::int64_t assignments = 0;
   std::int64_t attachment_bytes = 0;
 };
@@ -37,8 +37,9 @@ static_assert(sizeof(CallHeader) == 48 && std::is_trivially_copyable_v<CallHeade
 
 constexpr std::uint8_t kOnGpu = 0x80;
 
-// Flags of a call: a backward will follow; and why its sender abandons the step.
-constexpr std::uint8_t kRequiresGrad = 1, kStop = 2, kNotFinite = 4;
+// Flags of a call: a backward will follow; why its sender abandons the step; a group for each
+// expert, not for each rank.
+constexpr std::uint8_t kRequiresGrad = 1, kStop = 2, kNotFinite = 4, kByExpert = 8;
 
 struct GroupHeader {
   std::int64_t rows = 0;
@@ -124,9 +125,13 @@ void check_call(const CallHeader& mine, const CallHeader& theirs, const std::str
   check("hidden_size", mine.hidden_size, theirs.hidden_size);
   check("num_experts", mine.num_experts, theirs.num_experts);
   check("top_k", mine.top_k, theirs.top_k);
-  check("groups per rank (restore)", mine.groups, theirs.groups);
+  const auto restore = [](std::uint8_t flags) {
+    return (flags & kByExpert) != 0 ? "source" : "expert";
+  };
+  check("restore", restore(mine.flags), restore(theirs.flags));
   check("gradient (1 = a backward will follow)", mine.flags & kRequiresGrad,
         theirs.flags & kRequiresGrad);
+  check("number of the layer's forward", mine.forward, theirs.forward);
 }
 
 /// Before all other checks: who abandons a step announces nothing else that fits.
@@ -337,15 +342,21 @@ RowsIn Exchange::swap(const RowsOut& out) {
   mine.direction = static_cast<std::uint8_t>(out.direction);
   mine.dtype = static_cast<std::uint8_t>(static_cast<std::uint8_t>(out.rows.scalar_type()) |
                                          (out.rows.is_cpu() ? 0 : kOnGpu));
-  mine.flags = static_cast<std::uint8_t>((requires_grad ? kRequiresGrad : 0) |
-                                         (abandon_requested() ? kStop : 0) |
-                                         (non_finite_row < 0 ? 0 : kNotFinite));
+  mine.flags = static_cast<std::uint8_t>(
+      (requires_grad ? kRequiresGrad : 0) | (groups > 1 ? kByExpert : 0) |
+      (abandon_requested() ? kStop : 0) | (non_finite_row < 0 ? 0 : kNotFinite));
   mine.object = static_cast<std::int32_t>(c.object);
   mine.layer = *c.options.layer();
   mine.hidden_size = static_cast<std::int32_t>(hidden);
   mine.num_experts = static_cast<std::int32_t>(c.options.num_experts());
   mine.top_k = static_cast<std::int32_t>(out.top_k);
-  mine.groups = static_cast<std::int32_t>(groups);
+  if (stats != nullptr) {
+    if (stats->forward == 0) {
+      const std::lock_guard lock(c.mutex_);
+      stats->forward = ++c.forwards_;
+    }
+    mine.forward = static_cast<std::uint32_t>(stats->forward);
+  }
   const bool has_counts = out.direction == Direction::dispatch && counts_ != nullptr;
   const std::vector<std::int32_t> counts =
       has_counts ? std::vector<std::int32_t>(counts_->begin(), counts_->end())

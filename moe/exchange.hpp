@@ -66,6 +66,7 @@ class ExchangeContext {
  private:
   friend class Exchange;
   std::mutex mutex_;
+  int64_t forwards_ = 0;
   std::map<std::tuple<Direction, at::ScalarType, at::DeviceType>, std::shared_ptr<Codec>> codecs_;
   ByteBuffers buffers_;
   std::optional<at::Stream> exchange_stream_;  // made when first asked for

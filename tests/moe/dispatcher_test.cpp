@@ -15,6 +15,8 @@ namespace {
 using testing::expect_error;
 using testing::world;
 
+static_assert(!std::is_copy_constructible_v<Dispatcher>);  // a copy would be the same object
+
 constexpr int64_t kHidden = 6, kExperts = 8, kTopK = 3;
 
 struct Case {
@@ -200,6 +202,37 @@ TEST(Dispatcher, ReturnsToRanksWhoseExpertsAreUnused) {
 
 /// The lowest rank but this one.
 std::string first_peer() { return world()->rank() == 0 ? "rank 1" : "rank 0"; }
+
+// Two forwards of equal sizes, whose ways back differ on one rank: combines, or backwards.
+TEST(Dispatcher, NamesThePeerThatGoesBackInAnotherOrder) {
+  if (world()->size() == 1) GTEST_SKIP() << "needs peers";
+  const Case c = make_case(4, 7);
+  const at::Tensor ids = at::arange(4).view({4, 1}), weights = c.weights.narrow(1, 0, 1);
+  const bool first = world()->rank() == 0;
+  const std::string text = first_peer() + " disagrees about the number of the layer's forward of " +
+                           "an exchange (" + (first ? "2 there, 1 here" : "1 there, 2 here");
+  for (const char* restore : {"expert", "source"}) {
+    SCOPED_TRACE(restore);
+    const auto dispatched = [&](const Dispatcher& dispatcher) {
+      return dispatcher.dispatch(c.x.to(at::kFloat), ids, weights.to(at::kFloat));
+    };
+    const DispatcherOptions options =
+        DispatcherOptions(kHidden, kExperts).codec(CodecOptions().restore(restore));
+    {
+      const Dispatcher dispatcher(options, make_expert_groups(world()));
+      const Dispatched a = dispatched(dispatcher), b = dispatched(dispatcher);
+      expect_error<CommError>(
+          text, [&] { (void)dispatcher.combine((first ? a : b).rows, first ? a : b); });
+    }
+    const Dispatcher dispatcher(options, make_expert_groups(world()));
+    const auto output = [&] {
+      const Dispatched d = dispatched(dispatcher);
+      return dispatcher.combine(d.rows, d).sum();
+    };
+    const at::Tensor a = output(), b = output();
+    expect_error<CommError>(text, [&] { (first ? a : b).backward(); });
+  }
+}
 
 TEST(Dispatcher, NamesThePeerThatDisagrees) {
   if (world()->size() == 1) GTEST_SKIP() << "needs peers";

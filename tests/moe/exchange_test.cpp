@@ -52,7 +52,7 @@ std::vector<std::pair<std::string, CodecOptions>> codecs() {
 }
 
 // The first collective's answer: u8 version, direction, dtype, backward; i32 object; i64 layer; i32
-// hidden size, experts, top_k, groups; i64 assignments, bytes of attachment; for each group i64
+// hidden size, experts, top_k, forward; i64 assignments, bytes of attachment; for each group i64
 // rows, bytes.
 constexpr std::size_t kAssignments = 32, kAttachment = 40, kRows = 48, kParcel = 56;
 void change(std::vector<std::byte>& answer, std::size_t offset, int64_t value) {
