@@ -151,24 +151,34 @@ void throw_if_abandoned(const CallHeader& mine, const CallHeader& theirs, const 
 }  // namespace
 
 at::Tensor ByteBuffers::take(int64_t bytes) {
-  const std::lock_guard lock(mutex_);
-  // The smallest that is large enough, else the largest.
-  at::Tensor* best = nullptr;
-  const auto size = [](const at::Tensor& buffer) { return buffer.defined() ? buffer.numel() : 0; };
-  for (at::Tensor& buffer : kept_) {
-    if (buffer.defined() && (buffer.use_count() > 1 || buffer.storage().use_count() > 1)) continue;
-    const bool fits = size(buffer) >= bytes, best_fits = best != nullptr && size(*best) >= bytes;
-    if (best == nullptr || (fits && !best_fits) ||
-        (fits == best_fits && fits == (size(buffer) < size(*best)))) {
-      best = &buffer;
+  at::Tensor buffer;
+  {
+    const std::lock_guard lock(pool_->mutex);
+    // The smallest that is large enough, else the largest.
+    const auto best = std::min_element(
+        pool_->free.begin(), pool_->free.end(), [bytes](const at::Tensor& a, const at::Tensor& b) {
+          const bool fits = a.numel() >= bytes, other_fits = b.numel() >= bytes;
+          return fits != other_fits ? fits : fits ? a.numel() < b.numel() : a.numel() > b.numel();
+        });
+    if (best != pool_->free.end()) {
+      buffer = std::move(*best);
+      pool_->free.erase(best);
     }
   }
-  if (best == nullptr) best = &kept_.emplace_back();
-  if (!best->defined() || best->numel() < bytes) {
-    best->reset();  // first, so that the two are never held together
-    *best = at::empty({bytes}, at::kByte);
+  if (!buffer.defined() || buffer.numel() < bytes) {
+    buffer.reset();  // first, so that the two are never held together
+    buffer = at::empty({bytes}, at::kByte);
   }
-  return *best;
+  // The memory comes back when the last tensor that refers to it goes, whichever thread that is in.
+  void* const data = buffer.mutable_data_ptr();
+  const int64_t size = buffer.numel();
+  return at::from_blob(
+      data, {size},
+      [pool = pool_, buffer = std::move(buffer)](void*) {
+        const std::lock_guard lock(pool->mutex);
+        pool->free.push_back(buffer);
+      },
+      at::kByte);
 }
 
 ExchangeContext::ExchangeContext(DispatcherOptions o, std::shared_ptr<Communicator> communicator)

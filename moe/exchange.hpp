@@ -33,8 +33,11 @@ class ByteBuffers {
   [[nodiscard]] at::Tensor take(int64_t bytes);
 
  private:
-  std::mutex mutex_;
-  std::vector<at::Tensor> kept_;
+  struct Pool {
+    std::mutex mutex;
+    std::vector<at::Tensor> free;
+  };
+  std::shared_ptr<Pool> pool_ = std::make_shared<Pool>();
 };
 
 /// What the forwards of one Dispatcher share: options, ranks, codecs (made once per dtype and
