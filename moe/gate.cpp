@@ -221,6 +221,7 @@ void validate(const GateOptions& o) {
 
 GateImpl::GateImpl(GateOptions gate_options) : options(numbered(std::move(gate_options))) {
   validate(options);
+  load_since_update_ = at::zeros({options.num_experts()}, at::kLong);
   if (options.custom_gate()) {
     custom_ = options.custom_gate()();
     register_module("custom", custom_.ptr());
@@ -234,7 +235,6 @@ GateImpl::GateImpl(GateOptions gate_options) : options(numbered(std::move(gate_o
   if (options.score_function() == "sigmoid") {
     expert_bias = register_buffer("expert_bias", at::zeros({options.num_experts()}));
   }
-  load_since_update_ = at::zeros({options.num_experts()}, at::kLong);
 }
 
 at::ScalarType GateImpl::kept_dtype(at::ScalarType dtype) const {
@@ -291,14 +291,14 @@ GateOutput GateImpl::route(const Tokens& tokens, const at::Tensor& rows,
   const at::Tensor none = given_ids.defined() ? ids.lt(0) : at::Tensor();
   const at::Tensor index = given_ids.defined() ? ids.clamp_min(0) : ids;
   at::Tensor weights;
-  if (!softmax || options.normalize_top_k().value_or(k > 1)) {
+  if (options.normalize_top_k().value_or(k > 1)) {
     at::Tensor chosen = log_scores.gather(1, index);
     if (none.defined())  // a row without any is left as it is, or its gradient would be NaN
       chosen = chosen.masked_fill(none.logical_and(none.all(1, true).logical_not()),
                                   -std::numeric_limits<double>::infinity());
     weights = at::softmax(chosen, 1);
   } else {
-    weights = at::softmax(logits, 1).gather(1, index);
+    weights = (softmax ? at::softmax(logits, 1) : at::sigmoid(logits)).gather(1, index);
   }
   if (options.routed_scaling_factor() != 1) weights = weights * options.routed_scaling_factor();
   if (none.defined()) weights = weights.masked_fill(none, 0);

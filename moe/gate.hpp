@@ -22,10 +22,10 @@ struct GateOptions {
   /// Experts in the whole expert-parallel group (global count).
   TORCH_ARG(int64_t, num_experts);
   TORCH_ARG(int64_t, top_k) = 2;
-  /// softmax: over all experts, then top-k. sigmoid: choice by s + expert_bias, weight s / sum of
-  /// the chosen s.
+  /// softmax: over all experts, then top-k. sigmoid: choice by s + expert_bias, weights from s.
   TORCH_ARG(std::string, score_function) = "softmax";
-  /// softmax only: divide the chosen weights by their sum. Unset: true for top_k > 1.
+  /// Divide the chosen weights by their sum. Unset: true for top_k > 1. With top_k 1 it would make
+  /// every weight 1, and the router would learn nothing from the experts' outputs.
   TORCH_ARG(std::optional<bool>, normalize_top_k) = std::nullopt;
   /// The experts in num_groups blocks of consecutive ones: the top_k_groups groups are chosen
   /// first, by the sum of their two best scores (sigmoid: with expert_bias), then experts inside

@@ -379,6 +379,8 @@ TEST(Layer, ACustomGateTakesThePlaceOfTheBuiltIn) {
   // Its parameters are shared ones.
   const GradientReducer reducer(groups, *custom);
   EXPECT_EQ(reducer.shared_parameters().size(), 1U);
+  discard_step(*custom);
+  end_step(*custom);
 }
 
 TEST(Layer, EndStepUpdatesBiasesAndCodecsOfEveryLayerOnce) {

@@ -149,7 +149,7 @@ DenseRouting dense_gate(const at::Tensor& x, const at::Tensor& weight, const at:
     std::vector<at::Tensor> log_chosen;
     for (const int64_t e : chosen)
       if (e >= 0) log_chosen.push_back(log_score[e]);
-    const bool normalized = !softmax || o.normalize_top_k().value_or(k > 1);
+    const bool normalized = o.normalize_top_k().value_or(k > 1);
     at::Tensor weight_of_chosen;
     if (!log_chosen.empty()) {
       weight_of_chosen = at::stack(log_chosen);
