@@ -120,7 +120,7 @@ class Dispatcher {
   /// On a GPU: x and topk_weights are there, topk_ids too or on the CPU; ids and weights are copied
   /// to the host, once, to make the plan. Rows and weights are made on the current stream.
   /// counts int64 [n], 0 .. 2^31 - 1, on any device, n equal on all ranks: summed over the group in
-  /// the message that announces the rows, 4 n bytes to each rank and no wait of its own.
+  /// the message of the rows, 4 n bytes to each rank and no wait of its own.
   [[nodiscard]] Dispatched dispatch(const at::Tensor& x, const at::Tensor& topk_ids,
                                     const at::Tensor& topk_weights,
                                     const at::Tensor& counts = {}) const;

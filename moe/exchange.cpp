@@ -17,8 +17,7 @@ namespace lshmoe {
 namespace {
 
 /// First part of what every rank tells every other before an exchange; behind it {rows, parcel
-/// bytes} of each group, then the counts, int32. Trivially copyable: it travels as it lies in
-/// memory.
+/// bytes} of each group. Trivially copyable: it travels as it lies in memory.
 struct CallHeader {
   std::uint8_t version = 3;
   std::uint8_t direction = 0;
@@ -37,9 +36,9 @@ static_assert(sizeof(CallHeader) == 48 && std::is_trivially_copyable_v<CallHeade
 
 constexpr std::uint8_t kOnGpu = 0x80;
 
-// Flags of a call: a backward will follow; why its sender abandons the step; a group for each
-// expert, not for each rank.
-constexpr std::uint8_t kRequiresGrad = 1, kStop = 2, kNotFinite = 4, kByExpert = 8;
+// Flags of a call: a backward will follow; why its sender abandons the step; restore=source; counts
+// stand in front of the attachment.
+constexpr std::uint8_t kRequiresGrad = 1, kStop = 2, kNotFinite = 4, kSource = 8, kCounts = 16;
 
 struct GroupHeader {
   std::int64_t rows = 0;
@@ -126,11 +125,13 @@ void check_call(const CallHeader& mine, const CallHeader& theirs, const std::str
   check("num_experts", mine.num_experts, theirs.num_experts);
   check("top_k", mine.top_k, theirs.top_k);
   const auto restore = [](std::uint8_t flags) {
-    return (flags & kByExpert) != 0 ? "source" : "expert";
+    return (flags & kSource) != 0 ? "source" : "expert";
   };
   check("restore", restore(mine.flags), restore(theirs.flags));
   check("gradient (1 = a backward will follow)", mine.flags & kRequiresGrad,
         theirs.flags & kRequiresGrad);
+  check("world's load (1 = counted: in training with an aux loss)",
+        (mine.flags & kCounts) / kCounts, (theirs.flags & kCounts) / kCounts);
   check("number of the layer's forward", mine.forward, theirs.forward);
 }
 
@@ -273,6 +274,7 @@ struct Exchange::Bytes {
   explicit Bytes(std::size_t ranks)
       : attachments_out(ranks), parcels_out(ranks), attachments_in(ranks), parcels_in(ranks) {}
   std::vector<int64_t> attachments_out, parcels_out, attachments_in, parcels_in;
+  at::Tensor attachment;  ///< to send, as RowsOut's; in front of each rank's part the counts
 };
 
 Exchange::Exchange(std::shared_ptr<ExchangeContext> context,
@@ -347,14 +349,21 @@ RowsIn Exchange::swap(const RowsOut& out) {
   }
   s.bytes_raw += 2 * hidden * out.raw_rows;
 
+  const bool has_counts = out.direction == Direction::dispatch && counts_ != nullptr;
+  const std::vector<std::int32_t> counts =
+      has_counts ? std::vector<std::int32_t>(counts_->begin(), counts_->end())
+                 : std::vector<std::int32_t>();
+  const std::size_t count_bytes = counts.size() * sizeof(std::int32_t);
+
   // Sizes, and whether all ranks are in the same call.
   CallHeader mine;
   mine.direction = static_cast<std::uint8_t>(out.direction);
   mine.dtype = static_cast<std::uint8_t>(static_cast<std::uint8_t>(out.rows.scalar_type()) |
                                          (out.rows.is_cpu() ? 0 : kOnGpu));
   mine.flags = static_cast<std::uint8_t>(
-      (requires_grad ? kRequiresGrad : 0) | (groups > 1 ? kByExpert : 0) |
-      (abandon_requested() ? kStop : 0) | (non_finite_row < 0 ? 0 : kNotFinite));
+      (requires_grad ? kRequiresGrad : 0) | (c.restores_at_source() ? kSource : 0) |
+      (has_counts ? kCounts : 0) | (abandon_requested() ? kStop : 0) |
+      (non_finite_row < 0 ? 0 : kNotFinite));
   mine.object = static_cast<std::int32_t>(c.object);
   mine.layer = *c.options.layer();
   mine.hidden_size = static_cast<std::int32_t>(hidden);
@@ -367,13 +376,8 @@ RowsIn Exchange::swap(const RowsOut& out) {
     }
     mine.forward = static_cast<std::uint32_t>(stats->forward);
   }
-  const bool has_counts = out.direction == Direction::dispatch && counts_ != nullptr;
-  const std::vector<std::int32_t> counts =
-      has_counts ? std::vector<std::int32_t>(counts_->begin(), counts_->end())
-                 : std::vector<std::int32_t>();
-  const std::size_t count_bytes = counts.size() * sizeof(std::int32_t);
   const std::size_t header_bytes =
-      sizeof(CallHeader) + static_cast<std::size_t>(groups) * sizeof(GroupHeader) + count_bytes;
+      sizeof(CallHeader) + static_cast<std::size_t>(groups) * sizeof(GroupHeader);
   std::vector<std::byte> headers(header_bytes * static_cast<std::size_t>(ranks));
   Bytes bytes(static_cast<std::size_t>(ranks));
   for (int64_t r = 0; r < ranks; ++r) {
@@ -382,7 +386,8 @@ RowsIn Exchange::swap(const RowsOut& out) {
     header.assignments = non_finite_row >= 0       ? non_finite_row
                          : out.assignments.empty() ? 0
                                                    : out.assignments[i];
-    header.attachment_bytes = out.attachment_bytes.empty() ? 0 : out.attachment_bytes[i];
+    header.attachment_bytes = static_cast<int64_t>(count_bytes) +
+                              (out.attachment_bytes.empty() ? 0 : out.attachment_bytes[i]);
     int64_t parcels = 0;
     std::byte* to = headers.data() + i * header_bytes;
     std::memcpy(to, &header, sizeof header);
@@ -394,7 +399,6 @@ RowsIn Exchange::swap(const RowsOut& out) {
       std::memcpy(to, &group, sizeof group);
       parcels += group.parcel_bytes;
     }
-    if (has_counts) std::memcpy(to, counts.data(), count_bytes);
     bytes.attachments_out[i] = header.attachment_bytes;
     bytes.parcels_out[i] = parcels;
     if (r != own) {
@@ -421,7 +425,6 @@ RowsIn Exchange::swap(const RowsOut& out) {
     std::memcpy(&header, peers.data() + static_cast<std::size_t>(r) * header_bytes, sizeof header);
     throw_if_abandoned(mine, header, c.name_of_rank(r));
   }
-  if (has_counts) std::fill(counts_->begin(), counts_->end(), 0);
   in.rows_per_group.resize(out.rows_per_group.size());
   in.parcel_bytes.resize(out.rows_per_group.size());
   in.assignments.resize(static_cast<std::size_t>(ranks));
@@ -462,29 +465,56 @@ RowsIn Exchange::swap(const RowsOut& out) {
       parcels += group.parcel_bytes;
       check(parcels <= kMost, parcels, " bytes of rows");
     }
-    for (std::size_t n = 0; n < counts.size(); ++n, from += sizeof(std::int32_t)) {
-      std::int32_t count = 0;
-      std::memcpy(&count, from, sizeof count);
-      check(count >= 0, "a count of ", count);
-      (*counts_)[n] += count;
-    }
     check(header.assignments >= 0 && header.assignments <= kMost, header.assignments,
           " assignments");
     const int64_t due =
         out.attachment_due ? out.attachment_due(r, rows, header.assignments) : int64_t{0};
-    check(due >= 0 && due <= kMost && header.attachment_bytes == due, header.attachment_bytes,
+    const int64_t attached = static_cast<int64_t>(count_bytes) + due;
+    check(due >= 0 && due <= kMost && header.attachment_bytes == attached, header.attachment_bytes,
           " bytes beside ", rows, " rows with ", header.assignments, " assignments");
     in.assignments[i] = header.assignments;
-    bytes.attachments_in[i] = due;
+    bytes.attachments_in[i] = attached;
     bytes.parcels_in[i] = parcels;
-    received += due + parcels;
-    check(received <= kMost, due + parcels, " bytes");
+    received += attached + parcels;
+    check(received <= kMost, attached + parcels, " bytes");
+  }
+
+  bytes.attachment = out.attachment;
+  if (has_counts) {
+    bytes.attachment = at::empty({total(bytes.attachments_out)}, at::kByte);
+    std::byte* to = data_of(bytes.attachment);
+    const auto* from = out.attachment.defined()
+                           ? static_cast<const std::byte*>(out.attachment.const_data_ptr())
+                           : nullptr;
+    for (const int64_t size : bytes.attachments_out) {
+      const std::size_t rest = static_cast<std::size_t>(size) - count_bytes;
+      std::memcpy(to, counts.data(), count_bytes);
+      if (rest > 0) std::memcpy(to + count_bytes, from, rest);
+      to += size;
+      from += rest;
+    }
   }
 
   if (out.rows.is_cpu()) {
     send_from_host(out, encoded->bytes, bytes, in, s.exchange_time);
   } else {
     send_from_gpu(out, encoded->bytes, bytes, in, s.exchange_time);
+  }
+  if (has_counts) {
+    std::fill(counts_->begin(), counts_->end(), 0);
+    for (int64_t r = 0; r < ranks; ++r) {
+      std::span<const std::byte>& part = in.attachment[static_cast<std::size_t>(r)];
+      for (int64_t& sum : *counts_) {
+        std::int32_t count = 0;
+        std::memcpy(&count, part.data(), sizeof count);
+        part = part.subspan(sizeof count);
+        if (count < 0) {
+          throw CommError(detail::message(c.name_of_rank(r), " counts ", count,
+                                          " choices in dispatch: its bytes are damaged"));
+        }
+        sum += count;
+      }
+    }
   }
   return in;
 }
@@ -497,11 +527,11 @@ void Exchange::send_from_host(const RowsOut& out, const at::Tensor& parcels, con
                              receive_bytes = sum_of(bytes.attachments_in, bytes.parcels_in);
   const void* send = parcels.const_data_ptr();
   at::Tensor send_buffer = parcels;
-  if (out.attachment.defined()) {
+  if (bytes.attachment.defined()) {
     send_buffer = c.buffers_.take(total(send_bytes));
     std::byte* to = data_of(send_buffer);
     send = to;
-    const auto* attachment = static_cast<const std::byte*>(out.attachment.const_data_ptr());
+    const auto* attachment = static_cast<const std::byte*>(bytes.attachment.const_data_ptr());
     const auto* parcel = static_cast<const std::byte*>(parcels.const_data_ptr());
     for (std::size_t i = 0; i < send_bytes.size(); ++i) {
       const auto front = static_cast<std::size_t>(bytes.attachments_out[i]);
@@ -537,7 +567,7 @@ void Exchange::send_from_host(const RowsOut& out, const at::Tensor& parcels, con
 void Exchange::send_from_gpu(const RowsOut& out, const at::Tensor& parcels, const Bytes& bytes,
                              RowsIn& in, PhaseTimer& exchange_time) {
   ExchangeContext& c = *context_;
-  in.attachments = out.attachment;
+  in.attachments = bytes.attachment;
   in.bytes = parcels;
   if (c.ranks() > 1) {
     RECORD_FUNCTION("lshmoe::all_to_all", std::vector<c10::IValue>{});
@@ -546,8 +576,8 @@ void Exchange::send_from_gpu(const RowsOut& out, const at::Tensor& parcels, cons
       return [options](int64_t size) { return at::empty({size}, options); };
     };
     const Purpose purpose = purpose_of(out.direction);
-    if (out.attachment.defined()) {
-      at::Tensor send = out.attachment;
+    if (bytes.attachment.defined()) {
+      at::Tensor send = bytes.attachment;
       in.attachments =
           room_for_announced(total(bytes.attachments_in), c.comm->name(), fresh(at::kByte));
       keep_buffer_on_error(send, [&] {

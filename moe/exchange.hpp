@@ -124,7 +124,7 @@ class Exchange : public torch::CustomClassHolder {
   /// `stats`: those of the forward that this belongs to; null: nobody asks. requires_grad: this
   /// forward has a backward; the ranks check that they agree, or some would never enter its
   /// exchanges. `counts`: this rank's, 0 .. 2^31 - 1, as many on every rank; null: none. The
-  /// dispatch sends them along with its sizes and leaves the group's sums in their place.
+  /// dispatch sends them in front of its attachment and leaves the group's sums in their place.
   explicit Exchange(std::shared_ptr<ExchangeContext> context,
                     std::shared_ptr<ExchangeStats> stats = nullptr, bool requires_grad = false,
                     std::shared_ptr<std::vector<int64_t>> counts = nullptr);

@@ -400,10 +400,14 @@ void GateImpl::discard_load() {
 void GateImpl::update_expert_bias(Communicator& world) {
   if (!expert_bias.defined()) return;
   const at::NoGradGuard no_grad;
-  const at::Tensor load = sum_over(world, load_since_update_).to(at::kDouble);
+  at::Tensor counted;
+  {
+    const std::lock_guard lock(load_mutex_);
+    counted = std::exchange(load_since_update_, at::zeros_like(load_since_update_));
+  }
+  const at::Tensor load = sum_over(world, counted).to(at::kDouble);
   expert_bias +=
       options.expert_bias_rate() * at::sign(load.mean() - load).to(expert_bias.options());
-  discard_load();
 }
 
 }  // namespace lshmoe

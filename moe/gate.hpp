@@ -110,8 +110,8 @@ struct GateOutput {
 ///
 /// A softmax is ordered by its logits, and weights are softmaxes of logits, or of the logarithms of
 /// sigmoids: finite, gradients too, for any finite logits. Ties go to the lowest expert index.
-/// Sigmoids tie where they round to the same number (fp32: all logits above 17 give 1); expert_bias
-/// decides then.
+/// Sigmoids tie where they round to the same number (fp32: all logits above 17 give 1, below -88
+/// all give 0); expert_bias decides then.
 class GateImpl : public torch::nn::Module {
  public:
   explicit GateImpl(GateOptions options);

@@ -103,14 +103,23 @@ TEST(Exchange, CountsAreChecked) {
     SCOPED_TRACE(name);
     const at::Tensor counts = at::tensor({3, 0, 5}, at::kLong);
     exchange(codec, {}, counts);
-    expect_error<CommError>("rank 1 announces a count of -1", [&] {
+    expect_error<CommError>("rank 1 counts -1 choices in dispatch", [&] {
       exchange(
           codec,
-          [](int call, Purpose, auto& answer) {  // the last count
-            if (call == 0) std::fill_n(answer.end() - 4, 4, std::byte{0xff});
+          [](int call, Purpose, auto& answer) {
+            if (call == 1) std::fill_n(answer.begin() + 8, 4, std::byte{0xff});
           },
           counts);
     });
+    // Told of counts that do not come, and the other way round.
+    for (const bool own : {false, true}) {
+      expect_error<CommError>("rank 1 disagrees about the world's load", [&] {
+        exchange(
+            codec,
+            [](int call, Purpose, auto& answer) { answer[3] ^= std::byte(call == 0 ? 16 : 0); },
+            own ? counts : at::Tensor());
+      });
+    }
   }
 }
 

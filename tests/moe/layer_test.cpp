@@ -852,13 +852,24 @@ TEST(LayerNumber, OtherOrdersAreRefused) {
   for (const auto& layer : {std::optional<int64_t>(), std::optional<int64_t>(3)}) {
     const ExpertGroups groups = make_expert_groups(world());
     const auto options = MoELayerOptions(kHidden, kFfn, 8).layer(layer);
-    MoELayer a(options, groups), b(options, groups);
     const at::Tensor x = at::ones({4, kHidden});
     const at::NoGradGuard no_grad;
-    (void)a->forward(x);
-    expect_error<CommError>((first_rank ? "rank 1" : "rank 0") +
-                                std::string(" disagrees about the layer of an exchange (layer "),
-                            [&] { (void)(first_rank ? a : b)->forward(x); });
+    const std::string peer = first_rank ? "rank 1" : "rank 0";
+    for (const bool equal : {true, false}) {
+      const ExpertGroups pair = make_expert_groups(world());
+      MoELayer a(options, pair);
+      MoELayer b(
+          equal ? options : MoELayerOptions(kHidden, kFfn, 16).layer(layer).aux_loss_coeff(0.1),
+          pair);
+      (void)a->forward(x);
+      expect_error<CommError>(peer + " disagrees about the layer of an exchange (layer ",
+                              [&] { (void)(first_rank ? a : b)->forward(x); });
+    }
+    MoELayer d(MoELayerOptions(options).aux_loss_coeff(0.1), groups);
+    if (first_rank) d->eval();
+    expect_error<CommError>(peer + " disagrees about the world's load (1 = counted: in training " +
+                                "with an aux loss) of an exchange (" + (first_rank ? "1" : "0"),
+                            [&] { (void)d->forward(x); });
     // A copy is another layer, too; and so is one that some ranks made in between.
     const ExpertGroups others = make_expert_groups(world());
     MoELayer c(options, others);
