@@ -218,8 +218,29 @@ void check_writable(const std::string& path) {
   if (file.get() < 0) throw InvalidArgument(not_written(path, errno));
 }
 
+bool same_output(const std::string& a, const std::string& b) {
+  if (a.empty() || b.empty()) return false;
+  const Target x = follow(a == "-" ? "/dev/stdout" : a), y = follow(b == "-" ? "/dev/stdout" : b);
+  if (x.own_descriptor && x.own_descriptor == y.own_descriptor) return true;
+  struct stat one {};
+  struct stat other {};
+  const bool there = ::stat(x.path.c_str(), &one) == 0;
+  if (there != (::stat(y.path.c_str(), &other) == 0)) return false;
+  if (there) {
+    return one.st_dev == other.st_dev && one.st_ino == other.st_ino && !S_ISCHR(one.st_mode);
+  }
+  const auto name = [](const Target& file) {
+    return file.path.substr(file.path.find_last_of('/') + 1);
+  };
+  return name(x) == name(y) && real_path(folder_of(x.path)) == real_path(folder_of(y.path));
+}
+
 void flush_stdout() {
-  if (std::fflush(stdout) != 0) throw Error(not_written(g_stdout, errno));
+  const bool failed = std::ferror(stdout) != 0;  // of an earlier print, whose errno is gone
+  if (std::fflush(stdout) == 0 && !failed) return;
+  std::clearerr(stdout);
+  // Another byte fails for the same reason.
+  throw Error(not_written(g_stdout, ::write(STDOUT_FILENO, "\n", 1) < 0 ? errno : EIO));
 }
 
 std::string with_stdout_to_itself(const std::string& path) {

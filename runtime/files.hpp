@@ -39,6 +39,10 @@ void check_writable(const std::string& path);
 /// of before. Any other path is returned as it is. Local; before other threads print.
 [[nodiscard]] std::string with_stdout_to_itself(const std::string& path);
 
+/// Whether two files to be written would be one: by path, by links, or both this process's standard
+/// output ("-" too). A device takes both, /dev/null for one. Empty paths are no files. Local.
+[[nodiscard]] bool same_output(const std::string& a, const std::string& b);
+
 /// Sends what was printed to standard output on its way. Throws Error when that fails (the disk is
 /// full, a reader has gone).
 void flush_stdout();

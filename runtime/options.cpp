@@ -1,8 +1,11 @@
 #include "lshmoe/runtime/options.hpp"
 
 #include <algorithm>
+#include <array>
 #include <boost/program_options.hpp>
-#include <iostream>
+#include <charconv>
+#include <cstdint>
+#include <cstdio>
 #include <numeric>
 #include <sstream>
 #include <string_view>
@@ -42,7 +45,49 @@ std::string config_text(const std::string& path) {
                   "' is no text in UTF-8 (it holds zero bytes, as UTF-16 does): save it as UTF-8");
   constexpr std::string_view kMark = "\xef\xbb\xbf";
   if (text.starts_with(kMark)) text.erase(0, kMark.size());
+  // Boost would put a section before the names that follow it, and say nothing where none does.
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) {
+    const std::size_t first = line.find_first_not_of(" \t\r");
+    if (first == std::string::npos || line[first] != '[') continue;
+    const std::size_t end = line.find(']', first);
+    throw InvalidArgument(detail::message(
+        "section '", line.substr(first, end == std::string::npos ? end : end + 1 - first), "' in ",
+        path, " (an INI file has no sections here): remove its line"));
+  }
   return text;
+}
+
+void put(std::ostream& out, const std::string& value) { out << value; }
+void put(std::ostream& out, bool value) { out << (value ? "true" : "false"); }
+void put(std::ostream& out, auto number) {
+  std::array<char, 32> digits{};  // as short as it is exact
+  out.write(digits.data(), std::to_chars(digits.begin(), digits.end(), number).ptr - digits.data());
+}
+
+/// True if the value is a T or several.
+template <class T>
+bool put_if(std::ostream& out, const boost::any& value) {
+  if (const auto* one = boost::any_cast<T>(&value)) {
+    put(out, *one);
+    return true;
+  }
+  const auto* list = boost::any_cast<std::vector<T>>(&value);
+  if (list == nullptr) return false;
+  for (std::size_t i = 0; i < list->size(); ++i) {
+    if (i > 0) out << ", ";
+    put(out, T((*list)[i]));
+  }
+  return true;
+}
+
+/// The same text for the same value, however it was written.
+std::string text_of(const boost::any& value) {
+  std::ostringstream text;
+  LSHMOE_ASSERT(value.empty() || put_if<std::string>(text, value) || put_if<bool>(text, value) ||
+                put_if<int>(text, value) || put_if<std::int64_t>(text, value) ||
+                put_if<double>(text, value));
+  return text.str();
 }
 
 }  // namespace
@@ -56,6 +101,7 @@ OptionParser::OptionParser(std::string program, std::string description)
 }
 
 po::options_description& OptionParser::group(const std::string& title) {
+  titles_.push_back(title);
   return groups_.emplace_back(title, 110);
 }
 
@@ -89,6 +135,11 @@ std::string OptionParser::help() const {
   return text.str();
 }
 
+void OptionParser::show_help() const {
+  std::fputs(help().c_str(), stdout);
+  flush_stdout();
+}
+
 bool OptionParser::parse(int argc, const char* const* argv, bool print_help) {
   const po::options_description known = all();
   po::variables_map values;
@@ -97,10 +148,26 @@ bool OptionParser::parse(int argc, const char* const* argv, bool print_help) {
     // No guessing of shortened names: a typo must not become another option.
     const int style =
         po::command_line_style::default_style & ~po::command_line_style::allow_guessing;
-    po::store(po::command_line_parser(argc, argv).options(known).style(style).positional({}).run(),
-              values);
+    const po::parsed_options line =
+        po::command_line_parser(argc, argv).options(known).style(style).positional({}).run();
+    po::store(line, values);
+    const auto remember = [&] {
+      found_.clear();
+      for (std::size_t i = 0; i < groups_.size(); ++i) {
+        for (const auto& option : groups_[i].options()) {
+          const std::string& name = option->long_name();
+          std::string text = text_of(values[name].value());
+          if (name == "help") text = values.count(name) != 0 ? "true" : "false";
+          const bool on_line =
+              std::any_of(line.options.begin(), line.options.end(),
+                          [&](const po::option& one) { return one.string_key == name; });
+          found_.push_back({titles_[i], name, std::move(text), on_line});
+        }
+      }
+    };
     if (values.count("help") != 0) {
-      if (print_help) std::cout << help() << std::flush;
+      remember();
+      if (print_help) show_help();
       return false;
     }
     if (values.count("config") != 0) {
@@ -108,6 +175,7 @@ bool OptionParser::parse(int argc, const char* const* argv, bool print_help) {
       std::istringstream file(config_text(source));
       po::store(po::parse_config_file(file, known), values);
     }
+    remember();
     const auto given = [&](const std::string& name) {
       return values.count(name) != 0 && !values[name].defaulted();
     };
@@ -127,11 +195,6 @@ bool OptionParser::parse(int argc, const char* const* argv, bool print_help) {
                                             ": an INI file names options without dashes: write ",
                                             name));
     }
-    // Boost puts a section before the names that follow it; no option has a dot.
-    const std::size_t dot = name.rfind('.');
-    LSHMOE_VALIDATE(dot == std::string::npos || values.count("config") == 0, "unknown option '",
-                    name, "' in ", source, " (an INI file has no sections here): remove its line [",
-                    name.substr(0, dot), "]");
     throw InvalidArgument(detail::message("unknown option '", name, "' in ", source, nearest(name),
                                           " (see ", program_, " --help)"));
   } catch (const po::too_many_positional_options_error&) {

@@ -330,11 +330,36 @@ TEST_F(Writing, StandardOutputToItself) {
     const Redirected both("/dev/full", path("error"));
     std::puts("a table");
     printed = error_of([] { flush_stdout(); });
+    EXPECT_EQ(error_of([] { flush_stdout(); }), "");        // said once
+    std::fputs(std::string(100'000, 'x').c_str(), stdout);  // more than the buffer holds
+    EXPECT_EQ(error_of([] { flush_stdout(); }), printed);
     std::string itself = with_stdout_to_itself("-");
     metrics = error_of([&] { MetricsWriter(itself).write({{"step", 1}}); });
   }
   for (const std::string& text : {metrics, printed}) {
     EXPECT_EQ(text, "cannot write standard output (No space left on device): free some disk space");
+  }
+}
+
+TEST_F(Writing, OutputsThatAreOne) {
+  const std::string here = std::filesystem::current_path();
+  EXPECT_TRUE(same_output("-", "-"));
+  EXPECT_TRUE(same_output("-", "/dev/stdout"));
+  EXPECT_FALSE(same_output("-", path("new")));
+  EXPECT_FALSE(same_output("", ""));
+  EXPECT_FALSE(same_output("/dev/null", "/dev/null"));
+  EXPECT_TRUE(same_output("new", here + "/./new"));
+  EXPECT_FALSE(same_output(path("new"), path("newer")));
+  EXPECT_FALSE(same_output(path("new"), here + "/new"));
+  std::filesystem::create_symlink("new", path("link"));
+  EXPECT_TRUE(same_output(path("new"), path("link")));
+  write_file_atomically(path("new"), std::string("x"));
+  EXPECT_TRUE(same_output(path("new"), path("link")));
+  EXPECT_FALSE(same_output(path("new"), path("newer")));
+  {
+    const Redirected both(path("out"), path("error"));
+    EXPECT_TRUE(same_output("-", path("out")));
+    EXPECT_FALSE(same_output("-", path("error")));
   }
 }
 

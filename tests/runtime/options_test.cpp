@@ -97,13 +97,34 @@ TEST(Options, GroupsThatNeedAnOption) {
 
 TEST(Options, FilesWithSections) {
   const std::string path = ::testing::TempDir() + "options_test_sections.ini";
-  for (const std::string name : {"layers", "nonsense"}) {
-    write_file_atomically(path, "rate = 1\n[the model]\n" + name + " = 7\n");
+  for (const std::string after : {"layers = 7\n", "nonsense = 7\n", "", "[b]\nlayers = 7\n"}) {
+    write_file_atomically(path, "rate = 1\n \t[the model] # one\n" + after);
     EXPECT_EQ(Program().error_of({"--config", path.c_str()}),
-              "unknown option 'the model." + name + "' in " + path +
-                  " (an INI file has no sections here): remove its line [the model]");
+              "section '[the model]' in " + path +
+                  " (an INI file has no sections here): remove its line");
   }
+  write_file_atomically(path, std::string("#[the model]\nlayers = 7\n"));
+  EXPECT_EQ(Program().error_of({"--config", path.c_str()}), "");
   EXPECT_EQ(Program().error_of({"--a.layers", "7"}).find("section"), std::string::npos);
+  std::remove(path.c_str());
+}
+
+TEST(Options, ValuesAndWhereTheyAreFrom) {
+  const std::string path = ::testing::TempDir() + "options_test_values.ini";
+  write_file_atomically(path, std::string("layers = 7\nrate = 3\n"));
+  Program program;
+  ASSERT_TRUE(program.parse({"--config", path.c_str(), "--rate=0.10", "--data", "a", "b"}));
+  std::string all;
+  for (const OptionValue& one : program.parser.values()) {
+    if (one.name == "config") continue;
+    all += one.group + ": " + one.name + "=" + one.text + (one.on_command_line ? " given\n" : "\n");
+  }
+  EXPECT_EQ(all,
+            "General: help=false\nModel: layers=7\nOptimizer: rate=0.1 given\n"
+            "Optimizer: data=a, b given\nNoise: noise=0\nNoise: other-noise=\n"
+            "Noise: width=1\nNoise: flat=false\n");
+  ASSERT_FALSE(program.parse({"--help"}));
+  EXPECT_EQ(program.parser.values()[0].text, "true");
   std::remove(path.c_str());
 }
 
