@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "lshmoe/comm/self/self.hpp"
+#include "lshmoe/comm/session.hpp"
 #include "lshmoe/compress/codec.hpp"
 #include "lshmoe/compress/cuda/stream_phases.hpp"
 #include "lshmoe/compress/phases.hpp"
@@ -27,6 +28,7 @@
 #include "lshmoe/launch/plot.hpp"
 #include "lshmoe/runtime/error.hpp"
 #include "lshmoe/runtime/files.hpp"
+#include "lshmoe/runtime/log.hpp"
 #include "lshmoe/runtime/metrics.hpp"
 #include "lshmoe/runtime/options.hpp"
 
@@ -710,15 +712,9 @@ void check(BenchOptions& o) {
   }
 }
 
-}  // namespace
-
-void bench_codec(int argc, const char* const* argv) {
-  BenchOptions o;
-  OptionParser parser("lshmoe-bench codec",
-                      "Bits, errors and speed of codecs on the rows of a file, one thread.");
-  add_options(parser, o);
-  if (!parser.parse(argc, argv)) return;
-  check(o);
+void run(BenchOptions& o) {
+  LSHMOE_VALIDATE(!same_output(o.json, o.plot), "--json and --plot name the same file, '", o.plot,
+                  "' (one would overwrite the other): name two");
   o.json = with_stdout_to_itself(o.json);
   const std::vector<Case> cases = make_cases(o);
   at::set_num_threads(1);
@@ -757,6 +753,7 @@ void bench_codec(int argc, const char* const* argv) {
       line.json["phases"] = report_phases(result, rows, bandwidth, c.transform == "basis");
     }
     if (!result.encode_stream.empty()) line.json["phases"] = report_stream(result, rows);
+    flush_stdout();
     if (lines) lines->write(line.json);
     const string name = c.name();
     auto at = std::find_if(series.begin(), series.end(),
@@ -768,6 +765,30 @@ void bench_codec(int argc, const char* const* argv) {
     const string stem = std::filesystem::path(o.input).stem().string();
     write_file_atomically(o.plot, rate_distortion_svg("Codecs on " + stem, series));
   }
+}
+
+}  // namespace
+
+int bench_codec(int argc, char** argv) {
+  BenchOptions o;
+  OptionParser parser("lshmoe-bench codec",
+                      "Bits, errors and speed of codecs on the rows of a file, one thread.");
+  add_options(parser, o);
+  if (!parser.parse(argc, argv)) return 0;
+  check(o);
+  Session session(argc, argv);  // several processes would write the same files
+  return session.run([&] {
+    const auto world = session.world();
+    if (world->size() == 1) {
+      run(o);
+      return 0;
+    }
+    if (world->rank() == 0) {
+      log_error(detail::message("lshmoe-bench codec on ", world->size(),
+                                " ranks (it measures one process): start it without mpirun"));
+    }
+    return 1;
+  });
 }
 
 }  // namespace lshmoe::launch

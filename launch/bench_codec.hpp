@@ -5,7 +5,8 @@
 
 namespace lshmoe::launch {
 
-/// Runs the subcommand; argv[0] is its name. Prints a table; throws Error.
-void bench_codec(int argc, const char* const* argv);
+/// Runs the subcommand, in one process alone; argv[0] is its name. Prints a table. Returns the exit
+/// status; throws Error.
+[[nodiscard]] int bench_codec(int argc, char** argv);
 
 }  // namespace lshmoe::launch

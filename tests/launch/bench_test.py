@@ -93,6 +93,37 @@ class BenchTest(unittest.TestCase):
     def run_bench(self, args):
         return subprocess.run([PROGRAM, "codec", *args], text=True, capture_output=True, timeout=60)
 
+    def test_one_process(self):
+        target = self.path("out.json")
+        small = [PROGRAM, "codec", "--synthetic-rows", "64", "--hidden-size", "32", "--json", target]
+        for launcher, env, text in (
+                ([], {"PMI_SIZE": "4", "PMI_RANK": "1"}, "PMI_SIZE is 4 but this process is alone"),
+                (["mpirun", "-n", "2"], {},
+                 "lshmoe-bench codec on 2 ranks (it measures one process): start it without mpirun")):
+            job = subprocess.run([*launcher, *small], text=True, capture_output=True, timeout=60,
+                                 env={**os.environ, **env})
+            self.assertEqual(job.returncode, 1, job.stderr)
+            self.assertEqual(job.stderr.count("[error]"), 1, job.stderr)
+            self.assertIn(text, job.stderr)
+            self.assertNotIn("MB/s", job.stdout)
+            self.assertFalse(os.path.exists(target))
+
+    def test_subcommands(self):
+        for args, text in ((["kodec"], "unknown subcommand 'kodec': use lshmoe-bench codec or layer"),
+                           ([], "no subcommand: use lshmoe-bench codec or layer")):
+            job = subprocess.run([PROGRAM, *args], text=True, capture_output=True, timeout=60)
+            self.assertEqual((job.returncode, job.stdout), (2, ""))
+            self.assertIn("[error] " + text + "\n", job.stderr)
+        for args in (["--help"], ["codec", "--help"], ["layer", "--help"]):
+            job = subprocess.run([PROGRAM, *args], text=True, capture_output=True, timeout=60)
+            self.assertEqual(job.returncode, 0)
+            self.assertIn("usage: lshmoe-bench", job.stdout)
+            with open("/dev/full", "w") as full:
+                job = subprocess.run([PROGRAM, *args], text=True, stdout=full, timeout=60,
+                                     stderr=subprocess.PIPE)
+            self.assertEqual(job.returncode, 1)
+            self.assertIn("cannot write standard output (No space left on device)", job.stderr)
+
     def measure(self, args):
         """The lines of the JSON file."""
         target = self.path("out.json")
@@ -353,6 +384,8 @@ class BenchTest(unittest.TestCase):
                 (["--rounding", "up"], "unknown rounding 'up'"),
                 (["--kind", "lsh", "--rounding", "stochastic"], "no combination"),
                 (["--first-row", "20"], "(it has 20 rows, from 0): give a smaller one"),
+                (["--json", "x.svg", "--plot", "./x.svg"],
+                 "--json and --plot name the same file, './x.svg'"),
                 (["--json", "/nowhere/x.json"], "cannot write '/nowhere/x.json' (No such file"),
                 (["--plot", "/nowhere/x.svg"], "cannot write '/nowhere/x.svg' (No such file"),
                 *((["--" + name, value], f"{name} is {value} (must be at least {least})")
