@@ -203,6 +203,11 @@ std::vector<std::string> settings_of(const TrainOptions& options) {
   return options.study_setting.empty() ? default_study_settings() : options.study_setting;
 }
 
+bool is_of_setting(const OptionValue& option) {
+  return option.group == "Compression" || option.name == "capacity-factor" ||
+         option.name == "drop-policy";
+}
+
 }  // namespace
 
 const std::vector<std::string>& default_study_settings() {
@@ -243,6 +248,12 @@ TrainOptions with_setting(const TrainOptions& options, const std::string& settin
   try {
     LSHMOE_VALIDATE(parser.parse(static_cast<int>(argv.size()), argv.data(), /*print_help=*/false),
                     "--help is not a setting: leave it out");
+    for (const OptionValue& option : parser.values()) {
+      LSHMOE_VALIDATE(
+          !option.on_command_line || is_of_setting(option), "--", option.name,
+          " is not of the codec (all else is equal in a study): give it beside --study, "
+          "for all settings");
+    }
   } catch (const InvalidArgument& error) {
     throw InvalidArgument(detail::message("study-setting '", setting, "': ", error.what()));
   }
@@ -253,11 +264,22 @@ TrainOptions with_setting(const TrainOptions& options, const std::string& settin
   return changed;
 }
 
+void check_beside_study(const OptionParser& parser) {
+  for (const OptionValue& option : parser.values()) {
+    LSHMOE_VALIDATE(!option.on_command_line || !is_of_setting(option), "--", option.name,
+                    " with --study (every setting of a study says its own codec and capacity): put "
+                    "it into a --study-setting, or leave it out");
+  }
+}
+
 void validate_study(const TrainOptions& options, int world_size) {
   LSHMOE_VALIDATE(options.study_seeds >= 1, "study-seeds is ", options.study_seeds,
                   " (must be at least 1)");
   bool on_self = false;
-  for (const std::string& setting : settings_of(options)) {
+  const std::vector<std::string> settings = settings_of(options);
+  for (const std::string& setting : settings) {
+    LSHMOE_VALIDATE(std::count(settings.begin(), settings.end(), setting) == 1, "study-setting '",
+                    setting, "' is given twice (its runs would be equal): give it once");
     const TrainOptions changed = with_setting(options, setting);
     on_self |= changed.codec_on_self;
     try {

@@ -19,10 +19,16 @@ namespace lshmoe::launch {
 [[nodiscard]] const std::vector<std::string>& default_study_settings();
 
 /// `options` with the codec (group "compress") and the capacity (--capacity-factor, --drop-policy)
-/// of `setting`, a line of lshmoe-train's options. Throws InvalidArgument naming the line. Local.
+/// of `setting`, a line of these options of lshmoe-train; any other is refused. Throws
+/// InvalidArgument naming the line. Local.
 [[nodiscard]] TrainOptions with_setting(const TrainOptions& options, const std::string& setting);
 
-/// Everything that can be checked before the first run. Throws InvalidArgument. Local.
+/// Refuses options on lshmoe-train's command line, as `parser` found them, that the settings
+/// replace. A file's may stay. Throws InvalidArgument. Local.
+void check_beside_study(const OptionParser& parser);
+
+/// Everything else that can be checked before the first run: settings among them that are refused,
+/// or given twice. Throws InvalidArgument. Local.
 void validate_study(const TrainOptions& options, int world_size);
 
 /// Trains the model of `options` once for each setting and seed (options.seed, + 1, ...), all else

@@ -105,8 +105,9 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
       "codec's noise; --metrics gets an object a run")(
       "study-seeds", value<int64_t>(o.study_seeds, 3), "seeds: --seed and those after it")(
       "study-setting", po::value(&o.study_setting)->composing()->value_name("OPTIONS"),
-      "the codec's options and --capacity-factor of one setting, in one argument; repeatable, "
-      "the first is the reference (default: 17 settings of about equal bytes in groups)");
+      "the codec's options, --capacity-factor and --drop-policy of one setting, in one argument; "
+      "they replace a file's; repeatable, the first is the reference (default: 17 settings of "
+      "about equal bytes in groups)");
   parser.group_needs({"study"}, " (one model is trained): add --study, or leave it out");
   parser.group("Output").add_options()(
       "metrics", po::value(&o.metrics)->value_name("FILE"),
@@ -202,7 +203,8 @@ void add_train_options(OptionParser& parser, TrainOptions& o) {
           "--rounding of the two backward exchanges; default: as forward")(
           "codec-on-self", po::bool_switch(&o.codec_on_self),
           "rows for the own rank pass the codec too");
-  parser.group_needs({"compress", "compress-backward"},
+  // With --study the settings say what is compressed, and what a file says of it rests.
+  parser.group_needs({"compress", "compress-backward", "study"},
                      " (nothing is compressed): add --compress lsh, or --compress none if that is "
                      "meant, or leave it out");
 }

@@ -1,11 +1,15 @@
 #include "lshmoe/launch/train_program.hpp"
 
-#include <cstdio>
+#include <algorithm>
 #include <exception>
 #include <filesystem>
+#include <iterator>
 #include <optional>
+#include <span>
+#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "lshmoe/comm/session.hpp"
 #include "lshmoe/launch/device.hpp"
@@ -48,6 +52,38 @@ void together(Communicator& world, Part part) {
   }
 }
 
+/// Throws AgreedError where an option differs that is not about this rank's own files and lines.
+void check_same_options(Communicator& world, const OptionParser& parser) {
+  constexpr std::string_view kMayDiffer[] = {"config",   "data",  "metrics",
+                                             "progress", "trace", "nvtx"};
+  // Name, value, name, value; a zero ends each, which no argument and no file holds.
+  std::string own;
+  for (const OptionValue& option : parser.values()) {
+    if (std::find(std::begin(kMayDiffer), std::end(kMayDiffer), option.name) ==
+        std::end(kMayDiffer)) {
+      own += option.name + '\0' + option.text + '\0';
+    }
+  }
+  const auto all = world.gather(std::as_bytes(std::span(own)), 0, Purpose::control);
+  together(world, [&] {
+    for (std::size_t rank = 1; rank < all.size(); ++rank) {
+      const std::string others(reinterpret_cast<const char*>(all[rank].data()), all[rank].size());
+      std::istringstream mine(own), theirs(others);
+      std::string name, value, other_name, other_value;
+      const auto next = [](std::istream& list, std::string& text) {
+        return static_cast<bool>(std::getline(list, text, '\0'));
+      };
+      while (next(mine, name) && next(mine, value) && next(theirs, other_name) &&
+             next(theirs, other_value)) {
+        if (name == other_name && value == other_value) continue;
+        throw AgreedError(detail::message("rank ", rank, " has --", other_name, " '", other_value,
+                                          "', rank 0 has --", name, " '", value,
+                                          "': start all ranks with the same options"));
+      }
+    }
+  });
+}
+
 void check_same_data(Communicator& world, const DataSource& data) {
   const auto all = all_gather(world, data.fingerprint(), Purpose::control);
   for (std::size_t rank = 0; rank < all.size(); ++rank) {
@@ -67,6 +103,10 @@ void run(Session& session, TrainOptions options, const OpenData& open_data, cons
   together(*world, [&] {
     validate(options, world->size());
     if (options.study) validate_study(options, world->size());
+    LSHMOE_VALIDATE(options.trace.empty() ||
+                        !same_output(options.metrics, trace_path(options.trace, 0, world->size())),
+                    "metrics and trace go to the same file, '", options.metrics,
+                    "' (one would overwrite the other): name two");
     options.metrics = with_stdout_to_itself(options.metrics);
     data = open_data(options);
     if (!options.trace.empty()) {
@@ -117,6 +157,7 @@ int train_program(int argc, char** argv, const OpenData& open_data) {
   std::exception_ptr bad_options;
   try {
     help = !parser.parse(argc, argv, /*print_help=*/false);
+    if (!help && options.study) check_beside_study(parser);
   } catch (const InvalidArgument&) {
     bad_options = std::current_exception();
   }
@@ -129,8 +170,13 @@ int train_program(int argc, char** argv, const OpenData& open_data) {
     session.emplace(argc, argv, session_options);
   } catch (const std::exception& error) {
     if (help) {  // as in the shell of an allocation, where no training could start
-      std::fputs(parser.help().c_str(), stdout);
-      return 0;
+      try {
+        parser.show_help();
+        return 0;
+      } catch (const Error& unwritten) {
+        log_error(unwritten.what());
+        return 1;
+      }
     }
     log_error(error.what());
     return 1;
@@ -141,10 +187,11 @@ int train_program(int argc, char** argv, const OpenData& open_data) {
       together(*session->world(), [&] {
         if (bad_options) std::rethrow_exception(bad_options);
       });
+      check_same_options(*session->world(), parser);
       if (!help) {
         run(*session, options, open_data, stop);
       } else if (speaks) {
-        std::fputs(parser.help().c_str(), stdout);
+        parser.show_help();
       }
       return 0;
     } catch (const AgreedError& error) {

@@ -120,6 +120,7 @@ class BadInput(TrainTest):
 
     def test_alone(self):
         text = ["--data", self.text]
+        config = self.write("codec.ini", "compress = lsh\n")
         self.refused(1, [
             *self.cases(),
             ([*text, "--seq-len", str(2**63 - 1)], r"seq-len 9223372036854775807 .* too many tokens"),
@@ -152,7 +153,7 @@ class BadInput(TrainTest):
             ([*text, "--config", self.write("b.ini", "#compress = lsh\nrestore = source\n")],
              r"--restore without --compress \("),
             ([*text, "--config", self.write("c.ini", "[train]\nsteps = 1\n")],
-             r"unknown option 'train.steps' in .*c.ini \(.* no sections .*\): remove its line \[train\]"),
+             r"section '\[train\]' in .*c.ini \(.* no sections .*\): remove its line"),
             ([*text, "--study-seeds", "2"], r"--study-seeds without --study \("),
             ([*text, "--study", "--study-setting", "--alpha 1"],
              r"study-setting '--alpha 1': --alpha without --compress \("),
@@ -167,6 +168,22 @@ class BadInput(TrainTest):
              r"study-setting '--compress zip': .*'zip'"),
             ([*text, "--study", "--study-setting", "--compres int8"],
              r"study-setting '--compres int8': unknown option 'compres'.*--compress"),
+            *(([*text, "--study", "--study-setting", "--compress int8 " + more],
+               rf"study-setting '--compress int8 .*': --{name} is not of the codec .*: give it beside")
+              for name, more in (("steps", "--lr 5 --steps 77"), ("lr", "--lr 5"),
+                                 ("config", "--config " + config), ("study", "--study"))),
+            *(([*text, "--config", config, "--study", *more],
+               rf"{more[0]} with --study \(.*\): put it into a --study-setting, or leave it out")
+              for more in (["--max-error", "0.3"], ["--compress", "lsh"], ["--codec-on-self"],
+                           ["--capacity-factor", "2"], ["--drop-policy", "position"])),
+            *(([*text, "--study", *[word for setting in settings
+                                    for word in ("--study-setting", "--compress " + setting)]],
+               r"study-setting '--compress int8' is given twice \(.*\): give it once")
+              for settings in (["none", "int8", "int8"], ["int8", "none", "int8"])),
+            ([*text, "--metrics", "-", "--trace", "/dev/stdout"],
+             r"metrics and trace go to the same file, '-' \(.*\): name two"),
+            ([*text, "--metrics", self.path("m"), "--trace", self.folder + "/./m"],
+             r"metrics and trace go to the same file, '.*/m'"),
         ])
 
     def test_ranks(self):
@@ -175,7 +192,34 @@ class BadInput(TrainTest):
             *self.cases(),
             ([*text, "--num-experts", "6"], r"num_experts 6 is not divisible by ep_size 4 .*: change"),
             ([*text, "--metrics", "/nonexistent/m.jsonl"], r"cannot write '/nonexistent/m.*: name a file in a folder that exists"),
+            ([*text, "--metrics", self.path("t.rank0.json"), "--trace", self.path("t.json")],
+             r"metrics and trace go to the same file, '.*/t.rank0.json'"),
         ])
+
+    def test_ranks_with_other_options(self):
+        config = self.write("lr.ini", "lr = 0.01\n")
+        for first, last, text in (
+                (["--lr", "0.1"], ["--lr", "0.2"], "--lr '0.2', rank 0 has --lr '0.1'"),
+                ([], ["--seed", "7"], "--seed '7', rank 0 has --seed '0'"),
+                (["--accumulate", "3"], [], "--accumulate '1', rank 0 has --accumulate '3'"),
+                (["--compress", "lsh"], ["--compress", "int8"],
+                 "--compress 'int8', rank 0 has --compress 'lsh'"),
+                ([], ["--share-gpu"], "--share-gpu 'true', rank 0 has --share-gpu 'false'"),
+                ([], ["--help"], "--help 'true', rank 0 has --help 'false'"),
+                # The same, however written; what is each rank's own matter.
+                (["--lr", ".010", "--progress", "1", "--metrics", self.path("m.jsonl")],
+                 ["--config", config], None)):
+            job = [PROGRAM, *TINY[:-2], "--data", self.text, "--steps", "1"]
+            code, output, _ = self.run_job(["-n", "1", *job, *first, ":", "-n", "1", *job, *last],
+                                           program=MPIEXEC)
+            if text is None:
+                self.assertEqual(code, 0, output)
+                continue
+            self.assertEqual(code, 1, output)
+            errors = [line for line in output.splitlines() if "[error]" in line]
+            self.assertEqual(len(errors), 1, output)
+            self.assertIn(f"rank 1 has {text}: start all ranks with the same options", errors[0])
+            self.assertNotIn("tokens/s", output)
 
 
 class Files(TrainTest):
@@ -188,6 +232,12 @@ class Files(TrainTest):
         self.assertEqual((code, again), (0, output))
         code, again, _ = self.run_job(["--help"], env={"SLURM_NTASKS": "4"})
         self.assertEqual((code, again), (0, output))
+        for env in {}, {"SLURM_NTASKS": "4"}:
+            with open("/dev/full", "w") as full:
+                job = subprocess.run([PROGRAM, "--help"], stdout=full, stderr=subprocess.PIPE,
+                                     text=True, env={**os.environ, **env}, timeout=60)
+            self.assertEqual(job.returncode, 1)
+            self.assertIn("cannot write standard output (No space left on device)", job.stderr)
 
     def test_metrics(self):
         output = self.train(["--steps", "30", "--eval-every", "10", "--compress", "lsh",
@@ -382,8 +432,9 @@ class Study(TrainTest):
 
 
     def test_on_one_rank(self):
-        # Nothing is sent, but the codec's noise can be seen.
-        output = self.train(["--steps", "4", "--study", "--study-seeds", "1", "--study-setting",
+        # Nothing is sent, but the codec's noise can be seen. What a file says of the codec rests.
+        config = self.write("c.ini", "max-error = 0.3\ncapacity-factor = 0.5\n")
+        output = self.train(["--config", config, "--steps", "4", "--study", "--study-seeds", "1", "--study-setting",
                              "--compress none", "--study-setting", "--compress lsh --codec-on-self",
                              "--metrics", self.path("s.jsonl")], limit=120)
         none, lsh = self.metrics("s.jsonl")
